@@ -1,0 +1,113 @@
+"""A small model that is snapshotted at every step, beside the same training without snapshots.
+
+With one thread for the training, a machine of two cores has one to spare; with as many threads as cores it
+has none. Both are measured, in blocks of steps with and without that alternate within each repetition.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+import everstep
+from bench.measure import ratios, summary
+from bench.processes import Tree
+from bench.setting import Setting, tell
+from bench.states import State
+from bench.worker import call
+from everstep.run.session import Run
+
+WARM_STEPS = 5
+BLOCKS = 3
+"""So many with snapshots and so many without make a repetition: what disturbs the machine for a second or two
+disturbs both."""
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    cores = os.cpu_count() or 1
+    found: dict[str, Any] = {"cores": cores}
+    for name, threads in (("a spare core", max(cores - 1, 1)), ("no spare core", cores)):
+        tell(f"every step, {name}")
+        place = setting.place(f"every-step-{threads}")
+        tree = Tree(f"{os.getpid()}-{place.name}", str(place))
+        steps = 60 if setting.is_full else 6
+        found[name] = call(
+            tree, "bench.every_step", "throughput", str(place), threads, steps, setting.repetitions
+        )
+    return found
+
+
+def small_model() -> State:
+    """3 MB with AdamW; a step takes some 20 ms on one core."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 384), nn.ReLU(), nn.Linear(384, 384), nn.ReLU(), nn.Linear(384, 10))
+
+    def loss() -> torch.Tensor:
+        x = torch.randn(1024, 256)
+        return functional.cross_entropy(model(x), (x[:, 0] > 0).long())
+
+    return State({"model": model, "optimizer": torch.optim.AdamW(model.parameters())}, loss)
+
+
+def throughput(directory: str, threads: int, steps: int, repetitions: int) -> dict[str, Any]:
+    """Seconds of a block of steps without a run and with one that takes a snapshot at every step."""
+    torch.set_num_threads(threads)
+    state = small_model()
+    for _ in range(WARM_STEPS):
+        state.step()
+    plain, kept, taken = [], [], []
+    for repetition in range(repetitions):
+        without = with_ = 0.0
+        for block in range(BLOCKS):
+            without += _plain(state, steps) / BLOCKS
+            seconds, snapshots = _kept(state, steps, Path(directory) / f"{repetition}-{block}")
+            with_ += seconds / BLOCKS
+            taken.append(float(snapshots))
+        plain.append(without)
+        kept.append(with_)
+    return {
+        "threads": threads,
+        "steps": steps,
+        "state_bytes": state.size_bytes,
+        "step_ms": summary([one / steps * 1e3 for one in plain]),
+        "step_with_snapshots_ms": summary([one / steps * 1e3 for one in kept]),
+        "snapshots_taken": summary(taken),
+        "throughput with / without": ratios(plain, kept),
+    }
+
+
+def _plain(state: State, steps: int) -> float:
+    begun = time.perf_counter()
+    for _ in range(steps):
+        state.step()
+    return time.perf_counter() - begun
+
+
+def _kept(state: State, steps: int, chain: Path) -> tuple[float, int]:
+    """The clock runs until the last snapshot is durable: what is owed at the end counts, too. The first
+    snapshots, for which memory has to be found, come before."""
+    with everstep.open(chain, **state.objects, every="1 steps", keep="all") as run:
+        _train(state, run, WARM_STEPS)
+        run.wait()
+        before = _snapshots(run)
+        begun = time.perf_counter()
+        _train(state, run, steps)
+        run.wait()
+        seconds = time.perf_counter() - begun
+        return seconds, _snapshots(run) - before
+
+
+def _train(state: State, run: Run, steps: int) -> None:
+    for _ in range(steps):
+        state.step()
+        run.tick()
+
+
+def _snapshots(run: Run) -> int:
+    return sum(1 for _ in run.chain.snapshots())

@@ -1,0 +1,1 @@
+"""Snapshots linked over time: heads, snapshots, manifests and packs in a store. No torch."""

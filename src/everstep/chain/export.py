@@ -1,0 +1,249 @@
+"""A snapshot for other programs: its leaves under their names there, their bytes in pieces, and the file.
+
+None of it needs torch. Memory stays bounded: of a state of any size one window is held at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+from everstep.chain.history import Chain, Snapshot
+from everstep.chain.reader import Reader, Target
+from everstep.errors import EverstepError, Mismatch, NotFound, Unavailable, Unsupported
+from everstep.format.layout import item_bytes
+from everstep.format.manifest import Manifest, StoredLeaf, StoredSlice
+
+WINDOW_BYTES = 32 * 1024 * 1024
+"""So much is read at once; a window holds whole chunks, so that each is read and checked once."""
+
+OnProgress: TypeAlias = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+Memory: TypeAlias = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote. `remarks` are sentences about what came out otherwise than it is in the
+    snapshot; damage of the chain that does not touch the bytes asked for is among them."""
+
+    size_bytes: int
+    tensors: int
+    aliases: int
+    remarks: tuple[str, ...]
+
+
+def manifest_of(chain: Chain, snapshot: Snapshot) -> Manifest:
+    """The one manifest of a snapshot. Raises Unsupported when several ranks wrote it."""
+    ranks = len(snapshot.record.manifests)
+    if ranks != 1:
+        raise Unsupported(
+            f"snapshot {snapshot.short} is of {ranks} ranks, which cannot be exported yet",
+            kept="nothing was written",
+        )
+    return chain.manifest(snapshot)
+
+
+def chosen(manifest: Manifest, only: str = "") -> dict[str, StoredLeaf]:
+    """The leaves by the dotted names that other programs know them by.
+
+    Args:
+        only: take only the leaves under this name (`model`), without it in front.
+
+    Raises:
+        NotFound: there are none under `only`.
+        Mismatch: two leaves would have the same name.
+    """
+    found: dict[str, StoredLeaf] = {}
+    for leaf in manifest.leaves:
+        if only and leaf.name != only and not leaf.name.startswith(only + "/"):
+            continue
+        rest = leaf.name.removeprefix(only).lstrip("/") if only else leaf.name
+        name = dotted(rest or only)
+        if name in found:
+            raise Mismatch(
+                f"the leaves {found[name].name} and {leaf.name} would both be called {name!r}",
+                kept="nothing was written",
+                next="--only NAME, to export the objects one by one",
+            )
+        found[name] = leaf
+    if only and not found:
+        raise lacking(manifest, only)
+    return found
+
+
+def lacking(manifest: Manifest, only: str) -> NotFound:
+    """The error that says which names there are."""
+    names = sorted({leaf.name.partition("/")[0] for leaf in manifest.leaves})
+    return NotFound(
+        f"the snapshot has no tensors under {only!r}; it has some under {', '.join(names) or 'no name'}",
+        kept="nothing was written",
+        next=f"--only {names[0]}" if names else "everstep show REF --leaves",
+    )
+
+
+def dotted(name: str) -> str:
+    """A leaf's name with dots between its parts, as torch has them."""
+    return ".".join(part_text(part) for part in name.split("/"))
+
+
+def part_text(part: str) -> str:
+    """One part of a leaf's name as it was before it became a part."""
+    return "" if part == "~2" else part.replace("~1", "/").replace("~0", "~")
+
+
+def whole(leaf: StoredLeaf) -> StoredSlice:
+    """The one slice that is all of a leaf. Raises Unsupported when it is spread over several."""
+    if len(leaf.slices) != 1 or leaf.slices[0].extent != leaf.shape:
+        raise Unsupported(
+            f"leaf {leaf.name} is spread over {len(leaf.slices)} slices, which cannot be exported yet",
+            kept="nothing was written",
+        )
+    return leaf.slices[0]
+
+
+def memory(leaf: StoredLeaf) -> Memory:
+    """What two leaves have in common exactly when they are the same bytes (tied weights)."""
+    part = whole(leaf)
+    if not leaf.size_bytes(part):
+        return (leaf.name,)
+    return (part.region, part.offset, leaf.dtype, leaf.shape)
+
+
+def reading_order(leaf: StoredLeaf) -> tuple[int, int]:
+    """Leaves sorted by this are read without going back."""
+    part = whole(leaf)
+    return part.region, part.offset
+
+
+class Pieces:
+    """The bytes of leaves in pieces, each checked against its digest; `remarks` are the reader's."""
+
+    def __init__(self, reader: Reader, manifest: Manifest, total_bytes: int, on_progress: OnProgress) -> None:
+        self.remarks: set[str] = set()
+        self._reader = reader
+        self._manifest = manifest
+        self._total_bytes = total_bytes
+        self._on_progress = on_progress
+        self._done_bytes = 0
+        grid = manifest.grid_bytes
+        self._window = memoryview(bytearray(max(WINDOW_BYTES // grid, 1) * grid))
+        self._at: tuple[int, int] | None = None
+
+    def of(self, leaf: StoredLeaf) -> Iterator[memoryview]:
+        """The leaf's bytes in order. A piece is valid until the next one is asked for. Blocks on I/O.
+
+        Raises:
+            Damaged: a chunk is missing or is not the one that was written.
+        """
+        part = whole(leaf)
+        at, end = part.offset, part.offset + leaf.size_bytes(part)
+        while at < end:
+            start = at // len(self._window) * len(self._window)
+            self._load(part.region, start)
+            size = min(end, start + len(self._window)) - at
+            yield self._window[at - start : at - start + size]
+            at += size
+            self._done_bytes += size
+            self._on_progress(self._done_bytes, self._total_bytes)
+
+    def _load(self, region: int, start: int) -> None:
+        """Small leaves share a region: a window is kept until another is needed."""
+        if self._at == (region, start):
+            return
+        self._at = None
+        size = min(self._manifest.regions[region].size_bytes - start, len(self._window))
+        self.remarks.update(self._reader.fill(self._manifest, [Target(region, start, self._window[:size])]))
+        self._at = (region, start)
+
+
+def tensor_bytes(leaf: StoredLeaf) -> int:
+    """Size of a leaf, and with it a check that its dtype is known. Raises Unsupported."""
+    item_bytes(leaf.dtype)
+    return leaf.size_bytes(whole(leaf))
+
+
+# -- the file ----------------------------------------------------------------------------------------------
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raises Mismatch where something at `path` must stay, NotFound where there is no directory for it."""
+    if path.is_dir():
+        raise Mismatch(f"{path} is a directory", kept="nothing was written", next="name a file")
+    if os.path.lexists(path) and not overwrite:
+        raise _taken(path)
+    if not path.parent.is_dir():
+        raise NotFound(
+            f"there is no directory {path.parent}", kept="nothing was written", next=f"mkdir -p {path.parent}"
+        )
+
+
+@contextmanager
+def new_file(path: Path, overwrite: bool = False) -> Iterator[BinaryIO]:
+    """A file that appears at `path` whole, durable and at once when the block ends, and else not at all.
+
+    It is written beside its place under a name that begins with `.everstep-`.
+
+    Raises:
+        Mismatch: there is something already (unless `overwrite`).
+        NotFound: there is no such directory.
+        Unavailable: no room, no permission.
+    """
+    check_free(path, overwrite)
+    temporary = path.parent / f".everstep-{secrets.token_hex(8)}"
+    try:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with os.fdopen(descriptor, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        _place(temporary, path, overwrite)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise _translated(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _place(temporary: Path, path: Path, overwrite: bool) -> None:
+    if overwrite:
+        temporary.replace(path)
+        return
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise _taken(path) from None
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # No links here: between this look and the rename another file may come, and be replaced.
+        check_free(path, overwrite)
+        temporary.rename(path)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _taken(path: Path) -> Mismatch:
+    return Mismatch(f"{path} exists already", kept="it was not touched", next="another name, or --force")
+
+
+def _translated(error: OSError, path: Path) -> EverstepError:
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return Unavailable(
+        f"{path} cannot be written ({reason})", kept="nothing was left behind", next=f"df -h {path.parent}"
+    )

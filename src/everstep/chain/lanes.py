@@ -1,0 +1,229 @@
+"""Threads of one write: some work ahead of where their results are wanted, one puts what is ready.
+
+All of them end with the write. Where there is little to do, or the interpreter is about to end and starts no
+threads any more, the calling thread does it all.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+from everstep.format.pack import Builder
+
+Result = TypeVar("Result")
+
+MAX_LANES = 4
+"""Four cores digest faster than any disk of today writes."""
+
+SMALL_BYTES = 1024 * 1024
+"""A pack below this size is put in less time than a thread takes to start beside a busy trainer."""
+
+
+def idle_cores() -> int:
+    """How many cores nobody else keeps busy at this instant, this thread's own included: 1 at least."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/proc/loadavg") as file:
+            running = int(file.read().split()[3].partition("/")[0])
+    except (OSError, ValueError, IndexError):
+        # Another system: then half of them are as good a guess as any.
+        running = 1 + cores // 2
+    return max(1, cores - max(running - 1, 0))
+
+
+class _Task(Generic[Result]):
+    def __init__(self, call: Callable[[], Result]) -> None:
+        self._call: Callable[[], Result] | None = call
+        self._results: list[Result] = []
+        self._error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        return self._call is None
+
+    def run(self) -> None:
+        assert self._call is not None
+        try:
+            self._results.append(self._call())
+        except BaseException as error:
+            self._error = error
+        # What was called holds memory that may have to be given back.
+        self._call = None
+
+    def result(self) -> Result:
+        if self._error is not None:
+            raise self._error
+        return self._results.pop()
+
+
+class Lanes:
+    """Makes calls ahead, a few at a time, and gives their results in the order of the calls.
+
+    Args:
+        limit: in so many threads at most, the calling one included.
+        hungry: asked before a thread is started: whether the results are waited for.
+    """
+
+    def __init__(self, limit: int, hungry: Callable[[], bool]) -> None:
+        self.limit = min(limit, MAX_LANES)
+        self.cpu_s = 0.0
+        """CPU time of the threads that have ended, the calling one not included."""
+        self._hungry = hungry
+        self._waiting: deque[_Task[object]] = deque()
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    def results(self, calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:
+        """The results of all calls; the first error is raised in its place."""
+        ahead: deque[_Task[Result]] = deque()
+        for call in calls:
+            task = _Task(call)
+            ahead.append(task)
+            with self._changed:
+                self._waiting.append(task)  # type: ignore[arg-type]
+                self._changed.notify()
+            if len(ahead) > 2 * self.limit:
+                yield self._result(ahead.popleft())
+        while ahead:
+            yield self._result(ahead.popleft())
+
+    def _result(self, task: _Task[Result]) -> Result:
+        if len(self._threads) + 1 < self.limit and len(self._waiting) > 1 and self._hungry():
+            self._start()
+        while not task.done:
+            with self._changed:
+                if not self._waiting:
+                    self._changed.wait_for(lambda: task.done)
+                    break
+                other = self._waiting.popleft()
+            other.run()
+        return task.result()
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._work, name="everstep-digest", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            self.limit = 1
+        else:
+            self._threads.append(thread)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    self.cpu_s += time.thread_time()
+                    return
+                task = self._waiting.popleft()
+            task.run()
+            with self._changed:
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the threads; calls that nobody has begun are not made."""
+        with self._changed:
+            self._closed = True
+            self._waiting.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+
+class Putter:
+    """Puts packs one after the other, in a thread of its own where that pays; one may wait.
+
+    Args:
+        put: stores a pack. Its error comes out of the next `put` or `drain`, and what waits is not put.
+    """
+
+    def __init__(self, put: Callable[[Builder], None], clock: Callable[[], float]) -> None:
+        self.busy_s = 0.0
+        """Time in which a pack was being put."""
+        self.cpu_s = 0.0
+        """CPU time of the thread, once it has ended."""
+        self._put = put
+        self._clock = clock
+        self._waiting: Builder | None = None
+        self._putting = False
+        self._closed = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to put."""
+        return self._waiting is None and not self._putting
+
+    def put(self, builder: Builder, last: bool = False) -> None:
+        """Have a pack put. Blocks while another waits; until it is put where no thread is worth it: for small
+        ones, and for the `last`."""
+        if self._thread is None and (last or builder.end < SMALL_BYTES or not self._start()):
+            self._timed(builder)
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting is None)
+            self._raise()
+            self._waiting = builder
+            self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Wait until all is put."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.idle)
+        self._raise()
+
+    def close(self) -> None:
+        """End the thread; what waits is not put."""
+        with self._changed:
+            self._closed = True
+            self._waiting = None
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _start(self) -> bool:
+        thread = threading.Thread(target=self._work, name="everstep-put", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return False
+        self._thread = thread
+        return True
+
+    def _timed(self, builder: Builder) -> None:
+        begun = self._clock()
+        self._put(builder)
+        self.busy_s += self._clock() - begun
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None or self._closed)
+                builder, self._waiting = self._waiting, None
+                if builder is None:
+                    self.cpu_s = time.thread_time()
+                    return
+                self._putting = True
+                self._changed.notify_all()
+            try:
+                if self._error is None:
+                    self._timed(builder)
+            except BaseException as error:
+                self._error = error
+            # It may hold memory that is given back when all is put.
+            builder = None
+            with self._changed:
+                self._putting = False
+                self._changed.notify_all()

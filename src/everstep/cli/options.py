@@ -1,0 +1,42 @@
+"""What several verbs take: options, and the chain that a command is about."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from everstep.errors import NotFound
+from everstep.format import keys
+
+_REPO = typer.Option(
+    "--repo",
+    "-r",
+    metavar="PATH",
+    help="The chain, a directory or a URL; else EVERSTEP_REPO, else the current directory.",
+)
+Repo = Annotated[str | None, _REPO]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
+Branch = Annotated[str, typer.Option("--branch", metavar="NAME", help="The branch that is meant.")]
+Ref = Annotated[
+    str,
+    typer.Argument(
+        metavar="REF",
+        help="head, step:N, best:METRIC, a branch, a tag, an id's beginning, BRANCH@REF, or REF~N.",
+    ),
+]
+
+
+def chain_url(context: typer.Context, repo: str | None) -> str:
+    """The chain that a command is about: what was typed, else what was set, else where we are."""
+    named = repo or context.obj or os.environ.get("EVERSTEP_REPO")
+    if named:
+        return str(named)
+    if Path(keys.CHAIN).is_file():
+        return "."
+    raise NotFound(
+        "no chain was named, and the current directory is not one",
+        next=f"everstep -r PATH_OF_THE_CHAIN {context.info_name}, or set EVERSTEP_REPO",
+    )

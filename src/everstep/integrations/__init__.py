@@ -1,0 +1,1 @@
+"""Bridges to what other programs read and write, one file each. Nothing below imports these."""

@@ -1,0 +1,206 @@
+"""What a keeper does with what it is given, in whatever process it runs: commit, seal the step log, prune."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from everstep.chain import prune
+from everstep.chain.census import Census
+from everstep.chain.history import Chain, Snapshot
+from everstep.chain.lease import Lease
+from everstep.chain.steplog import EndedJournal, StepLog
+from everstep.chain.writer import Captured, Facts, Wave, Writer
+from everstep.errors import Damaged, EverstepError, NotFound, Unavailable
+from everstep.keeper.arena import Arena
+from everstep.keeper.base import Job, Outcome, Terms
+
+ARRIVING, WAITING, STORING, TIDYING = "arriving", "waiting", "storing", "tidying"
+"""What becomes of a job, one after the other (a job may be stored while it arrives)."""
+
+
+class Dropped(Exception):
+    """The trainer could not complete a snapshot; it knows."""
+
+
+@dataclass(frozen=True)
+class _Filled:
+    arena: Arena
+    wave: Wave
+    whole: bool
+
+
+class Given:
+    """A job on its way through a keeper: one thread hands its waves over, another stores them.
+
+    Args:
+        job: what is to be stored.
+        free: is told of each arena that is not needed any more.
+        measure: asked, when all waves are stored, for costs to be recorded.
+
+    Attributes:
+        phase: what is being done with it.
+        ended: whether all its waves are there.
+        dropped: whether it ended before its layout did.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        free: Callable[[Arena], None],
+        measure: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        self.job = job
+        self.phase = ARRIVING
+        self.ended = False
+        self._free = free
+        self._measure = measure
+        self.dropped = False
+        self._waves: queue.SimpleQueue[_Filled | None] = queue.SimpleQueue()
+        self._current: _Filled | None = None
+
+    def wave(self, arena: Arena, begin: int, end: int, unchanged: frozenset[int]) -> None:
+        if begin == end:
+            self._free(arena)
+            return
+        wave = Wave(begin, arena.first(end - begin), unchanged)
+        self._waves.put(_Filled(arena, wave, (begin, end) == (0, self.job.layout.arena_bytes)))
+
+    def end(self) -> None:
+        """No more waves come."""
+        self.ended = True
+        if self.phase == ARRIVING:
+            self.phase = WAITING
+        self._waves.put(None)
+
+    def drop(self) -> None:
+        """It cannot be completed."""
+        self.dropped = True
+        self.end()
+
+    @property
+    def arena(self) -> Arena | None:
+        """The one that holds all of the state, once it is there."""
+        return self._current.arena if self._current is not None and self._current.whole else None
+
+    def captured(self) -> Captured:
+        return Captured(self.job.layout, self.job.values, self._stored())
+
+    def _stored(self) -> Iterator[Wave]:
+        """Each wave as it comes. One is over when the next is asked for, but a whole state is kept until
+        `finish`: the next trainer may want it."""
+        while (filled := self._waves.get()) is not None:
+            self._current = filled
+            yield filled.wave
+            if not filled.whole:
+                self._free_current()
+        if self.dropped:
+            raise Dropped
+        self.job.facts.costs.update(self._measure())
+
+    def finish(self) -> None:
+        """Free what it still has; where it failed, waits for the waves that are still to come."""
+        self._free_current()
+        while not self.ended or not self._waves.empty():
+            filled = self._waves.get()
+            if filled is not None:
+                self._free(filled.arena)
+
+    def _free_current(self) -> None:
+        if self._current is not None:
+            self._free(self._current.arena)
+            self._current = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the state is there, so that it could be stored once more."""
+        return self.arena is not None and self.ended and not self.dropped
+
+    def again(self) -> None:
+        """Be as it was when it was handed over; only where it is whole."""
+        self._waves = queue.SimpleQueue()
+        self._waves.put(self._current)
+        self._waves.put(None)
+
+
+class Keeping:
+    """The writer's side of one run. Making one reads the manifest that the run goes on from.
+
+    Args:
+        chain: where to.
+        terms: the run's.
+        warn: is told, a sentence each, what failed and did no harm.
+    """
+
+    def __init__(self, chain: Chain, terms: Terms, warn: Callable[[str], None]) -> None:
+        self.chain = chain
+        self._warn = warn
+        self._keep = prune.Keep.parse(terms.keep)
+        self._census = Census(chain)
+        self._lease = Lease(chain.store, terms.lease, terms.branch)
+        self._log = StepLog(chain, terms.branch, terms.lease)
+        self._writer = Writer(chain, self._lease, terms.branch, terms.parent)
+        if terms.parent:
+            self._build_on(terms.parent)
+
+    def _build_on(self, snapshot: str) -> None:
+        """The run has just restored it, so its chunks are good."""
+        try:
+            self._writer.build_on(self.chain.manifest(self.chain.snapshot(snapshot)))
+        except (Damaged, NotFound):
+            # Then nothing is shared with it, and the next snapshot is a full one.
+            return
+
+    def store(self, given: Given) -> Outcome:
+        """Make a job durable, or find that it cannot be: then nothing of it is in the chain. Blocks; also
+        where a job failed and its waves still come."""
+        job = given.job
+        given.phase = STORING
+        snapshot: Snapshot | None = None
+        error: BaseException | None = None
+        try:
+            snapshot = self._writer.write(given.captured(), job.facts)
+        except Dropped:
+            error = Unavailable("the snapshot could not be completed", kept="those before it are intact")
+        except BaseException as raised:
+            error = raised
+        durable_ms = since_ms(job.facts.begun)
+        return Outcome(job, snapshot, error, durable_ms)
+
+    def stored_before(self, facts: Facts) -> Snapshot | None:
+        """The branch's head, if it is just this snapshot: a keeper of the same run has stored it, and was
+        killed before it could say so."""
+        head = self.chain.head(self._writer.branch)
+        if head is None:
+            return None
+        record = head.record
+        mine = (record.writer, record.step, record.taken_at)
+        if mine != (self._lease.number, facts.step, facts.taken_at):
+            return None
+        self._writer.parent = head.id
+        self._build_on(head.id)
+        return head
+
+    def tidy(self, journals: Sequence[EndedJournal]) -> None:
+        """After a commit: seal the records up to it, drop what is not to stay of this branch. A failure is
+        told, and the snapshot stands."""
+        try:
+            self._log.seal(journals)
+            branches = [self._writer.branch]
+            plan = prune.plan(
+                self.chain, self._keep, branches=branches, mine=self._lease, census=self._census
+            )
+            if plan is not None:
+                self._writer.forget_packs(set(plan.packs))
+                self._writer.has_pruned(prune.execute(self.chain, plan).records)
+        except EverstepError as error:
+            self._warn(str(error))
+        except Exception as error:
+            self._warn(f"the chain could not be tidied ({type(error).__name__}: {error})")
+
+
+def since_ms(begun: float | None) -> float:
+    """Milliseconds since `begun`, a value of `time.monotonic()` in any process of this machine."""
+    return 0.0 if begun is None else (time.monotonic() - begun) * 1e3

@@ -1,0 +1,158 @@
+"""The chain as a program has it: `everstep.Chain`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from everstep.chain import history
+from everstep.chain.history import MAIN, Point, Snapshot
+from everstep.errors import Mismatch
+
+if TYPE_CHECKING:
+    import torch
+
+    from everstep.chain.compare import Difference
+    from everstep.chain.export import Exported
+    from everstep.events import RolledBack
+    from everstep.run.loading import Loaded
+
+
+class Chain(history.Chain):
+    """The snapshots of a run: to look through, to name, to branch from, to go back to, and to read.
+
+    The rooms of the chain import no torch and know no other program's files. So what needs those is added
+    here, above all of them, and imported when it is asked for: reading a chain works where there is no torch,
+    and importing everstep takes no longer for it.
+
+    All methods read the store each time (a chain grows while others look), may block on I/O, and raise
+    `Damaged` where bytes are not the ones that were written, `Unavailable` where the store does not answer.
+    """
+
+    # -- versions -----------------------------------------------------------------------------------------
+
+    def tag(self, name: str, ref: str = "head", *, of: str = MAIN, force: bool = False) -> Snapshot:
+        """Name a snapshot, which is then never pruned. See `everstep.chain.versions.tag`."""
+        from everstep.chain import versions
+
+        return versions.tag(self, name, ref, of=of, force=force)
+
+    def untag(self, name: str) -> None:
+        """Take a tag away. See `everstep.chain.versions.untag`."""
+        from everstep.chain import versions
+
+        versions.untag(self, name)
+
+    def branch(self, name: str, ref: str = "head", *, of: str = MAIN) -> Snapshot:
+        """Begin a branch at a snapshot, without copying a chunk. See `everstep.chain.versions.branch`."""
+        from everstep.chain import versions
+
+        return versions.branch(self, name, ref, of=of)
+
+    def drop_branch(self, name: str, *, force: bool = False) -> None:
+        """Take a branch away. See `everstep.chain.versions.drop_branch`."""
+        from everstep.chain import versions
+
+        versions.drop_branch(self, name, force=force)
+
+    def rollback(self, ref: str, branch: str = MAIN) -> RolledBack:
+        """Move a branch's head back. See `everstep.chain.versions.rollback`. While a run writes it is
+        refused: then it is `run.rollback` that goes back."""
+        from everstep.chain import versions
+
+        return versions.rollback(self, branch, ref)
+
+    def reflog(self, branch: str = MAIN) -> Iterator[Point]:
+        """All advances of a branch's head, the newest first. See `everstep.chain.versions.reflog`."""
+        from everstep.chain import versions
+
+        return versions.reflog(self, branch)
+
+    def diff(self, a: str, b: str, *, branch: str = MAIN, values: bool = True) -> Difference:
+        """What became of snapshot `a` in snapshot `b`. See `everstep.chain.compare.compare`.
+
+        Args:
+            a, b: references of this chain, or `PATH@REF` of another where `PATH` has a `/` in it or is the
+                directory of a chain.
+            values: read what changed, and say by how much.
+        """
+        from everstep.chain.compare import compare
+
+        (before, one), (after, other) = (history.find_anywhere(ref, lambda: self, branch) for ref in (a, b))
+        return compare(before, one, after, other, values=values)
+
+    # -- states -------------------------------------------------------------------------------------------
+
+    def load(self, ref: str = "head", *, branch: str = MAIN, device: torch.device | str = "cpu") -> Loaded:
+        """A snapshot's leaves by name, each read and verified when it is asked for. See `everstep.load`."""
+        import torch
+
+        from everstep.run.loading import Loaded
+
+        return Loaded(self, self.find(ref, branch), torch.device(device))
+
+    def restore(
+        self,
+        ref: str = "head",
+        *,
+        into: Mapping[str, object],
+        only: str = "*",
+        strict: bool = True,
+        branch: str = MAIN,
+    ) -> list[str]:
+        """Bring live objects to what a snapshot holds of them, in place: `chain.restore("step:500",
+        into={"model": model})`. Needs no right to write, and touches neither the random generators nor any
+        loader: to train on, open a run.
+
+        Args:
+            into: the objects, by the names under which they were handed over to `everstep.open`; what is not
+                named is neither read nor touched.
+            only, strict: see `everstep.state.lazy.LazyState.into`.
+
+        Returns:
+            What was left as it is because it does not fit, a sentence each; empty where `strict`.
+
+        Raises:
+            NotFound: there is no such snapshot, or nothing fits the pattern.
+            Mismatch: something does not fit; the message names it, and nothing was touched.
+            Damaged: bytes could not be verified; the objects may be partly overwritten.
+        """
+        return self.load(ref, branch=branch).into(only=only, strict=strict, **into)
+
+    def export(
+        self,
+        ref: str,
+        out: str | PathLike[str],
+        *,
+        format: str = "safetensors",
+        only: str = "",
+        overwrite: bool = False,
+        branch: str = MAIN,
+    ) -> Exported:
+        """Write the tensors of a snapshot to a file that other programs read: it appears whole and durable,
+        or not at all. Needs no torch.
+
+        Args:
+            out: the file.
+            format: `safetensors` or `torch`.
+            only: only this object, without its name in front.
+            overwrite: replace `out` where it exists.
+
+        Raises:
+            Mismatch: `out` exists, or `format` is none of these.
+            NotFound: there is no such snapshot, object or directory.
+            Unsupported: the format lacks a dtype.
+            Damaged: bytes could not be verified; nothing was written.
+        """
+        from everstep.integrations import safetensors_file, torch_file
+
+        write = {"safetensors": safetensors_file.write, "torch": torch_file.write}.get(format)
+        if write is None:
+            raise Mismatch(
+                f"{format!r} is neither safetensors nor torch",
+                kept="nothing was written",
+                next="format='safetensors'",
+            )
+        return write(self, self.find(ref, branch), Path(out), only=only, overwrite=overwrite)

@@ -1,0 +1,34 @@
+"""Which keeper a run has: a process beside it wherever that can be, or a thread of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from everstep.chain.history import Chain
+from everstep.errors import Unsupported
+from everstep.keeper.base import Keeper, Outcome
+from everstep.keeper.thread import ThreadKeeper
+from everstep.store.base import Addressed
+from everstep.store.local import LocalStore
+
+
+def find(
+    chain: Chain,
+    branch: str,
+    kind: str,
+    on_outcome: Callable[[Outcome], None],
+    warn: Callable[[str], None],
+) -> Keeper:
+    """The keeper of a branch of a chain, as `kind` says: `process` or `thread`. Does not block.
+
+    A store that lives in this process can only be served by a thread. So can a system that lends no memory
+    from process to process: this is told.
+    """
+    if kind == "process" and isinstance(chain.store, LocalStore | Addressed):
+        from everstep.keeper.client import ProcessKeeper
+
+        try:
+            return ProcessKeeper(chain, on_outcome, warn, branch=branch)
+        except Unsupported as error:
+            warn(f"snapshots are stored by a thread of this process: {error.problem}")
+    return ThreadKeeper(chain, on_outcome, warn)

@@ -1,0 +1,131 @@
+"""From which snapshot a run goes on, and how it comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from everstep.chain import held as arenas
+from everstep.chain.history import Chain, Point, Snapshot
+from everstep.chain.reader import Reader, Target
+from everstep.errors import Damaged, Mismatch, NotFound, Unsupported
+from everstep.events import Sink, Skipped, size
+from everstep.format.manifest import Manifest
+from everstep.keeper.base import Held
+from everstep.state.restore import Restored, restore
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A state that came back. `remarks` is damage that was seen and did not matter; `from_arena`, whether the
+    keeper still had it in memory, so that the store was read at most for a rest."""
+
+    snapshot: Snapshot
+    manifest: Manifest
+    restored: Restored
+    remarks: tuple[str, ...]
+    from_arena: bool = False
+
+
+def refuse_unwanted(chain: Chain, resume: str, branch: str) -> None:
+    """Raises Mismatch when nothing is to be resumed and there is something."""
+    if resume == "never" and chain.head_number(branch):
+        raise Mismatch(
+            f"{chain.url} has snapshots on branch {branch!r}, and resume='never' forbids to go on from them",
+            kept="nothing was touched",
+            next="resume='auto', or another path",
+        )
+
+
+def bring_back(
+    chain: Chain,
+    resume: str,
+    branch: str,
+    objects: Mapping[str, object],
+    strict: bool,
+    emit: Sink,
+    held: Sequence[Held] = (),
+) -> Resumption | None:
+    """Restore the objects from the snapshot that `resume` means; None where the run starts from nothing.
+
+    `auto` and `must` take the newest snapshot that can be verified, and tell `emit` what they skip and why;
+    what a rollback took back is not gone on from.
+    A snapshot that is `held` in an arena is taken from there, verified, and from the store where it is not.
+
+    Raises:
+        NotFound: there is none, and it must be; or a reference means none.
+        Damaged: there are snapshots, and none can be verified: a run never starts over by itself.
+        Mismatch: the state does not fit the objects; nothing was touched.
+    """
+    if resume == "never":
+        return None
+    if resume not in ("auto", "must"):
+        return restored(chain, _found(chain, resume, branch), objects, strict, held)
+    skipped: list[Point] = []
+    for point in chain.line(branch):
+        try:
+            return _at(chain, point, objects, strict, held)
+        except (Damaged, NotFound) as error:
+            skipped.append(point)
+            emit(Skipped(chain.url, point.name(), error.problem))
+    if skipped:
+        raise Damaged(
+            f"none of the {len(skipped)} snapshots of {chain.url} can be restored",
+            kept="nothing was deleted",
+            next=f"everstep -r {chain.url} verify",
+        )
+    if resume == "must":
+        raise NotFound(
+            f"{chain.url} has no snapshot to resume from", next="resume='auto' to start from nothing"
+        )
+    return None
+
+
+def _found(chain: Chain, ref: str, branch: str) -> Snapshot:
+    try:
+        return chain.find(ref, branch)
+    except NotFound as error:
+        if chain.is_branch(branch):
+            raise
+        next = f"everstep.open(..., branch={branch!r}, start={ref!r}), for a branch that begins there"
+        raise NotFound(error.problem, kept="nothing was touched", next=next, key=error.key) from error
+
+
+def _at(
+    chain: Chain, point: Point, objects: Mapping[str, object], strict: bool, held: Sequence[Held]
+) -> Resumption:
+    if point.damage is not None:
+        raise point.damage
+    assert point.snapshot is not None
+    return restored(chain, point.snapshot, objects, strict, held)
+
+
+def restored(
+    chain: Chain, snapshot: Snapshot, objects: Mapping[str, object], strict: bool, held: Sequence[Held]
+) -> Resumption:
+    """Restore the objects from one snapshot. Raises as `bring_back` does."""
+    if len(snapshot.record.manifests) != 1:
+        raise Unsupported(
+            f"snapshot {snapshot.short} was taken by several ranks, which this version cannot join"
+        )
+    manifest = chain.manifest(snapshot)
+    arena = next((one.memory for one in held if one.snapshot == snapshot.id), None)
+    reader = Reader(chain.store)
+    remarks: list[str] = []
+
+    taken = 0
+
+    def fill(targets: Iterable[tuple[int, int, memoryview]]) -> None:
+        nonlocal taken
+        wanted = [Target(*target) for target in targets]
+        if arena is not None:
+            left = arenas.fill(manifest, arena, wanted)
+            lost = sum(len(target.buffer) for target in left)
+            taken += sum(len(target.buffer) for target in wanted) - lost
+            if lost:
+                remarks.append(f"{size(lost)} in the keeper's memory were not the snapshot's any more")
+            wanted = left
+        remarks.extend(reader.fill(manifest, wanted))
+
+    state = restore(manifest, fill, objects, strict=strict)
+    return Resumption(snapshot, manifest, state, tuple(remarks), taken > 0)

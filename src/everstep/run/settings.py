@@ -1,0 +1,166 @@
+"""The settings of a run: what the code says, unless the environment says otherwise."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from everstep.chain.retention import Keep
+from everstep.errors import Mismatch, Unsupported
+from everstep.format.keys import checked
+from everstep.keeper.memory import available_bytes
+from everstep.run import triggers
+from everstep.store.base import Store
+
+_TRUE = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+_KEEPER_NUMBERS: dict[str, tuple[Callable[[str], float], float]] = {
+    "EVERSTEP_KEEPER_NICE": (int, 19),
+    "EVERSTEP_KEEPER_LINGER": (float, 1e6),
+}
+"""What a keeper process reads for itself when it starts: how, and the most that it can be; the least is 0."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See `everstep.open` for what each means. The variable of `every` is `EVERSTEP_EVERY`, and so on."""
+
+    repo: str | Store
+    every: str | Sequence[str] | None = "10m"
+    keep: str = "last 3"
+    resume: str = "auto"
+    branch: str = "main"
+    strict: bool = True
+    overlap: bool = True
+    max_arena_bytes: int | str | None = None
+    start: str = ""
+    unsafe_single_writer: bool = False
+    keeper: str = "process"
+    """`process`, or `thread`; only the environment says so: it is for debuggers and sandboxes."""
+    paranoid: bool = False
+    """Compare every capture with the state; only the environment says so."""
+
+    def overridden(self, environment: Mapping[str, str] | None = None) -> Settings:
+        """These settings with those of the environment on top.
+
+        Raises:
+            Mismatch: a setting is not understood; nothing was touched.
+        """
+        found = os.environ if environment is None else environment
+        names = ("repo", "every", "keep", "resume", "branch", "max_arena_bytes", "start", "keeper")
+        changes: dict[str, object] = {
+            name: found[f"EVERSTEP_{name.upper()}"] for name in names if found.get(f"EVERSTEP_{name.upper()}")
+        }
+        for name in ("strict", "overlap", "unsafe_single_writer", "paranoid"):
+            variable = f"EVERSTEP_{name.upper()}"
+            if found.get(variable):
+                changes[name] = truth(variable, found[variable])
+        for variable, (read, most) in _KEEPER_NUMBERS.items():
+            if found.get(variable):
+                _check_number(variable, found[variable], read, most)
+        settings = replace(self, **changes)  # type: ignore[arg-type]
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Raises Mismatch when a setting is not understood."""
+        if not self.repo:
+            raise Mismatch(
+                "no place for the chain was given",
+                kept="nothing was touched",
+                next="everstep.open('runs/NAME', ...) or EVERSTEP_REPO=runs/NAME",
+            )
+        triggers.parse(self.every)
+        Keep.parse(self.keep)
+        checked(self.branch, "branch")
+        self._asked_bytes()
+        if self.start and self.resume not in ("auto", "must", "never"):
+            raise Mismatch(
+                f"start={self.start!r} and resume={self.resume!r} both name a snapshot",
+                kept="nothing was touched",
+                next="start= for where a new branch begins, resume= to go back on the branch itself",
+            )
+        if self.keeper not in ("process", "thread"):
+            raise Mismatch(
+                f"EVERSTEP_KEEPER={self.keeper!r} is neither process nor thread",
+                kept="nothing was touched",
+                next="EVERSTEP_KEEPER=process",
+            )
+
+    def arena_limit_bytes(self) -> int:
+        """What all arenas together may take: where nothing was asked for, most of the memory that is free
+        now."""
+        asked = self._asked_bytes()
+        return available_bytes() * 3 // 4 if asked is None else asked
+
+    def _asked_bytes(self) -> int | None:
+        asked = self.max_arena_bytes
+        return size_in_bytes(asked) if isinstance(asked, str) else asked
+
+    @property
+    def every_text(self) -> str:
+        return ", ".join(map(str, triggers.parse(self.every))) or "never by itself"
+
+
+def disabled(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether `EVERSTEP_DISABLE` turns everything into a no-op."""
+    found = os.environ if environment is None else environment
+    return bool(found.get("EVERSTEP_DISABLE")) and truth("EVERSTEP_DISABLE", found["EVERSTEP_DISABLE"])
+
+
+def refuse_many_ranks(environment: Mapping[str, str] | None = None) -> None:
+    """Raises Unsupported in a job of several ranks: each would write the same chain."""
+    found = os.environ if environment is None else environment
+    ranks = found.get("WORLD_SIZE", "1")
+    if ranks not in ("", "1"):
+        raise Unsupported(
+            f"this is a job of {ranks} ranks; this version of Everstep keeps the state of one",
+            kept="nothing was touched",
+            next="EVERSTEP_DISABLE=1 to train without it",
+        )
+
+
+def _check_number(variable: str, text: str, read: Callable[[str], float], most: float) -> None:
+    try:
+        fits = 0 <= read(text) <= most
+    except ValueError:
+        fits = False
+    if not fits:
+        raise Mismatch(
+            f"{variable}={text!r} is no number from 0 to {most:.0f}",
+            kept="nothing was touched",
+            next=f"unset {variable}",
+        )
+
+
+def truth(name: str, text: str) -> bool:
+    """Raises Mismatch when `text` is neither yes nor no."""
+    if text.lower() not in _TRUE:
+        raise Mismatch(f"{name}={text!r} is neither 1 nor 0", kept="nothing was touched", next=f"{name}=1")
+    return _TRUE[text.lower()]
+
+
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "Ki": 2**10,
+    "Mi": 2**20,
+    "Gi": 2**30,
+    "Ti": 2**40,
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]?i?)B?")
+
+
+def size_in_bytes(text: str) -> int:
+    """From `"20GB"`, `"512MiB"` or `"1000000"`. Raises Mismatch."""
+    match = _SIZE.fullmatch(text.strip())
+    unit = match[2].replace("K", "k").replace("ki", "Ki") if match else ""
+    if not match or unit not in _UNITS:
+        raise Mismatch(f"{text!r} is no size", kept="nothing was touched", next="max_arena_bytes='20GB'")
+    return int(float(match[1]) * _UNITS[unit])

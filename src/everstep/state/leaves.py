@@ -1,0 +1,338 @@
+"""From a snapshot's leaves into tensors: straight into their memory where it can be written as it is stored,
+else piece by piece through small stages, page-locked ones where the tensors are on a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import torch
+
+from everstep.errors import Damaged, Unsupported
+from everstep.format.chunk import aligned
+from everstep.format.layout import SLICE_ALIGNMENT_BYTES, SMALL_BYTES
+from everstep.format.manifest import Manifest, StoredLeaf, StoredSlice
+from everstep.state.devices import Accelerator, accelerator_of
+from everstep.state.tree import Tensorlike, torch_dtype
+
+CPU = torch.device("cpu")
+STAGE_BYTES = 16 * 1024 * 1024
+"""What goes through a stage at once, or a chunk of the chain's grid where that is larger."""
+
+LANES = 3
+"""So many stages are in use at a time: while one is copied to the device the others are read into."""
+
+
+class Fill(Protocol):
+    """Reads bytes of the snapshot: fills each (region, offset in it, writable memory), verified. Blocks; may
+    be called from several threads at once. Raises Damaged."""
+
+    def __call__(self, targets: Iterable[tuple[int, int, memoryview]]) -> None: ...
+
+
+class Carrier(Protocol):
+    """Brings bytes from the host's memory to tensors that cannot be read into."""
+
+    def stage(self, size_bytes: int) -> torch.Tensor:
+        """Host memory to read into, as bytes, from which `carry` is fast."""
+
+    def carry(self, cargo: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Copy the second of each pair to the first; blocks until the stage may be used again. May be called
+        from several threads at once."""
+
+
+CarrierOf: TypeAlias = Callable[[torch.Tensor], "Carrier | None"]
+"""Who brings bytes to a tensor; None where they are read straight into its memory."""
+
+
+def stored_leaf(manifest: Manifest, name: str) -> StoredLeaf:
+    """The leaf of this name. Raises Damaged where the values name one that is not there, Unsupported where
+    it is spread over several ranks."""
+    leaf = manifest.by_name.get(name)
+    if leaf is None:
+        raise Damaged(f"the snapshot's values name a leaf {name!r} that it does not hold")
+    if len(leaf.slices) != 1 or leaf.slices[0].extent != leaf.shape:
+        raise Unsupported(f"leaf {name} is spread over ranks, which this version cannot join")
+    return leaf
+
+
+def same_bytes(leaf: StoredLeaf) -> tuple[object, ...]:
+    """What two whole leaves have in common exactly when they are the same bytes seen in the same way (tied
+    weights)."""
+    (part,) = leaf.slices
+    if not leaf.size_bytes(part):
+        return (leaf.name,)
+    return (part.region, part.offset, leaf.dtype, leaf.shape)
+
+
+# -- new memory -------------------------------------------------------------------------------------------
+
+
+def new(leaves: Mapping[str, StoredLeaf], devices: Mapping[str, torch.device]) -> dict[str, Tensorlike]:
+    """A tensor or array for each leaf, of undefined contents; on the CPU but for those that `devices` names.
+
+    Large ones of the CPU lie in one piece of memory, made for being read into: on page boundaries, which
+    spares a copy, and of large pages where the system has them, for the first touch of fresh memory takes
+    longer than the read. It is freed when the last of them is.
+    """
+    made: dict[str, Tensorlike] = {}
+    large: dict[str, StoredLeaf] = {}
+    for name, leaf in leaves.items():
+        device = devices.get(name, CPU)
+        if leaf.dtype.startswith("numpy:") or device == CPU:
+            if leaf.size_bytes(leaf.slices[0]) >= SMALL_BYTES:
+                large[name] = leaf
+            elif leaf.dtype.startswith("numpy:"):
+                made[name] = np.empty(leaf.shape, _numpy_dtype(leaf))
+            else:
+                made[name] = torch.empty(leaf.shape, dtype=torch_dtype(leaf.dtype))
+        else:
+            made[name] = torch.empty(leaf.shape, dtype=torch_dtype(leaf.dtype), device=device)
+    made.update(_together(large))
+    return made
+
+
+def _together(leaves: Mapping[str, StoredLeaf]) -> Iterator[tuple[str, Tensorlike]]:
+    sizes = {name: aligned(leaf.size_bytes(leaf.slices[0])) for name, leaf in leaves.items()}
+    if not sizes:
+        return
+    memory = mmap.mmap(-1, sum(sizes.values()), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # A system without large pages refuses, and everything is the same but slower.
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    start = 0
+    for name, leaf in leaves.items():
+        count = math.prod(leaf.shape)
+        if leaf.dtype.startswith("numpy:"):
+            flat = np.frombuffer(memory, _numpy_dtype(leaf), count, start)
+            yield name, flat.reshape(leaf.shape)
+        else:
+            tensor = torch.frombuffer(memory, dtype=torch_dtype(leaf.dtype), count=count, offset=start)
+            yield name, tensor.view(leaf.shape)
+        start += sizes[name]
+
+
+def _numpy_dtype(leaf: StoredLeaf) -> np.dtype[Any]:
+    return np.dtype(leaf.dtype.removeprefix("numpy:"))
+
+
+# -- reading ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor, or a part of one, and where its bytes lie in the snapshot."""
+
+    tensor: torch.Tensor
+    region: int
+    offset: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.tensor.numel() * self.tensor.itemsize
+
+
+class _Carriers:
+    """Those of one read: one for each device."""
+
+    def __init__(self) -> None:
+        self._made: dict[torch.device, Carrier] = {}
+
+    def __call__(self, tensor: torch.Tensor) -> Carrier | None:
+        on_cpu = tensor.device.type == "cpu"
+        if on_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+            return None
+        if tensor.device not in self._made:
+            accelerator = accelerator_of(tensor)
+            self._made[tensor.device] = (
+                HostCarrier() if accelerator is None else DeviceCarrier(tensor.device, accelerator)
+            )
+        return self._made[tensor.device]
+
+
+def read(
+    manifest: Manifest,
+    fill: Fill,
+    destinations: Mapping[str, Tensorlike],
+    carrier_of: CarrierOf | None = None,
+) -> None:
+    """Fill tensors and arrays with the leaves they are named after, whose shapes and dtypes they have.
+
+    Blocks until all is there, on devices too. Besides the tensors it takes `LANES` stages of `STAGE_BYTES`,
+    and that only if there are tensors which cannot be read into. Raises Damaged: some are overwritten then,
+    with verified bytes or with none.
+    """
+    carrier_of = carrier_of or _Carriers()
+    targets: list[tuple[int, int, memoryview]] = []
+    staged: dict[Carrier, list[_Part]] = defaultdict(list)
+    seen: set[tuple[object, ...]] = set()
+    for name, tensor in destinations.items():
+        place = stored_leaf(manifest, name).slices[0]
+        if not math.prod(place.extent) or _is_twin(tensor, place, seen):
+            continue
+        carrier = carrier_of(tensor) if isinstance(tensor, torch.Tensor) else None
+        if carrier is None:
+            targets.append((place.region, place.offset, _memory(tensor)))
+        else:
+            assert isinstance(tensor, torch.Tensor)
+            staged[carrier].append(_Part(tensor.detach(), place.region, place.offset))
+    if targets:
+        fill(targets)
+    limit = max(STAGE_BYTES, manifest.grid_bytes)
+    for carrier, parts in staged.items():
+        _through_stages(fill, carrier, list(_loads(parts, limit)), limit)
+
+
+def _is_twin(tensor: Tensorlike, place: StoredSlice, seen: set[tuple[object, ...]]) -> bool:
+    """Whether the same bytes go to the same memory already: tied weights are read once."""
+    if not isinstance(tensor, torch.Tensor):
+        return False
+    where = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+    seen_as = (place.region, place.offset, *where, tensor.is_conj(), tensor.is_neg())
+    if seen_as in seen:
+        return True
+    seen.add(seen_as)
+    return False
+
+
+def _memory(tensor: Tensorlike) -> memoryview:
+    """The memory of a contiguous CPU tensor or array, as bytes."""
+    if isinstance(tensor, torch.Tensor):
+        # A single element counts as contiguous whatever its stride is.
+        flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+        tensor = flat.view(torch.uint8).numpy()
+    return tensor.reshape(-1).view(np.uint8).data
+
+
+# -- through stages ---------------------------------------------------------------------------------------
+
+
+def _loads(parts: Sequence[_Part], limit: int) -> Iterator[list[_Part]]:
+    """What goes through a stage together, in the order in which it is stored."""
+    load: list[_Part] = []
+    room = limit
+    for part in sorted(parts, key=lambda part: (part.region, part.offset)):
+        for piece in _pieces(part, limit):
+            taken = _spaced(piece.size_bytes)
+            if taken > room and load:
+                yield load
+                load, room = [], limit
+            load.append(piece)
+            room -= taken
+    if load:
+        yield load
+
+
+def _spaced(size_bytes: int) -> int:
+    return -(-size_bytes // SLICE_ALIGNMENT_BYTES) * SLICE_ALIGNMENT_BYTES
+
+
+def _pieces(part: _Part, limit: int) -> Iterator[_Part]:
+    """A part in pieces of `limit` bytes at most; they end where chunks do, as far as its memory allows."""
+    tensor, item = part.tensor, part.tensor.itemsize
+    if part.size_bytes <= limit:
+        yield part
+    elif tensor.is_contiguous():
+        flat, start = tensor.view(-1), 0
+        while start < part.size_bytes:
+            end = min(part.size_bytes, (part.offset + start) // limit * limit + limit - part.offset)
+            yield _Part(flat[start // item : end // item], part.region, part.offset + start)
+            start = end
+    else:
+        row = part.size_bytes // tensor.shape[0]
+        rows = max(limit // row, 1)
+        for first in range(0, tensor.shape[0], rows):
+            some = tensor[first : first + rows] if rows > 1 or row <= limit else tensor[first]
+            yield from _pieces(_Part(some, part.region, part.offset + first * row), limit)
+
+
+def _through_stages(fill: Fill, carrier: Carrier, loads: Sequence[list[_Part]], limit: int) -> None:
+    waiting = iter(loads)
+    lock = threading.Lock()
+    errors: list[BaseException] = []
+
+    def lane() -> None:
+        try:
+            with torch.no_grad():
+                stage = carrier.stage(min(limit, max(map(_load_bytes, loads))))
+                while not errors:
+                    with lock:
+                        load = next(waiting, None)
+                    if load is None:
+                        return
+                    _bring(fill, carrier, load, stage)
+        except BaseException as error:
+            errors.append(error)
+
+    lanes = [threading.Thread(target=lane, name="everstep-stage") for _ in range(min(LANES, len(loads)) - 1)]
+    for one in lanes:
+        one.start()
+    lane()
+    for one in lanes:
+        one.join()
+    if errors:
+        raise errors[0]
+
+
+def _load_bytes(load: Sequence[_Part]) -> int:
+    return sum(_spaced(part.size_bytes) for part in load)
+
+
+def _bring(fill: Fill, carrier: Carrier, load: Sequence[_Part], stage: torch.Tensor) -> None:
+    targets, cargo = [], []
+    memory: memoryview = stage.numpy().data
+    at = 0
+    for part in load:
+        end = at + part.size_bytes
+        targets.append((part.region, part.offset, memory[at:end]))
+        cargo.append((part.tensor, stage[at:end].view(part.tensor.dtype).view(part.tensor.shape)))
+        at += _spaced(part.size_bytes)
+    fill(targets)
+    carrier.carry(cargo)
+
+
+class HostCarrier:
+    """For tensors of the CPU whose memory is not as it is stored, and for devices whose copies the host
+    waits for."""
+
+    def stage(self, size_bytes: int) -> torch.Tensor:
+        return torch.empty(size_bytes, dtype=torch.uint8)
+
+    def carry(self, cargo: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for tensor, source in cargo:
+            tensor.copy_(source)
+
+
+class DeviceCarrier:
+    """For a device that copies by itself: from page-locked memory, on a stream of its own.
+
+    Args:
+        pinned: whether stages are page-locked.
+    """
+
+    def __init__(self, device: torch.device, accelerator: Accelerator, *, pinned: bool = True) -> None:
+        self._accelerator = accelerator
+        self._pinned = pinned
+        self._stream = accelerator.Stream(device)
+        # What was done to the tensors before, such as their making, is done before they are written to.
+        self._stream.wait_stream(accelerator.current_stream(device))
+
+    def stage(self, size_bytes: int) -> torch.Tensor:
+        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+
+    def carry(self, cargo: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        with self._accelerator.stream(self._stream):
+            for tensor, source in cargo:
+                tensor.copy_(source, non_blocking=True)
+            done = self._accelerator.Event(blocking=True)
+            done.record(self._stream)
+        done.synchronize()

@@ -1,0 +1,101 @@
+"""What a user may hand over by name, sorted by how it is captured and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from everstep.errors import Mismatch
+from everstep.format.manifest import RUN
+
+
+def is_stateful(value: object) -> bool:
+    """Whether it has both `state_dict` and `load_state_dict`."""
+    return all(callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+def is_container(value: object) -> bool:
+    """Whether it is restored by changing its contents."""
+    return type(value) in (dict, list, set)
+
+
+def unwrapped(value: object) -> object:
+    """A module without what `torch.compile`, DataParallel or DDP put around it: its names stay the same."""
+    while isinstance(value, torch.nn.Module):
+        inner = getattr(value, "_orig_mod", None)
+        if inner is None and isinstance(
+            value, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel
+        ):
+            inner = value.module
+        if inner is None:
+            return value
+        value = inner
+    return value
+
+
+def named(objects: Mapping[str, object]) -> dict[str, object]:
+    """The objects by name; a list, tuple or dict of stateful ones is taken apart (`optimizers/0`).
+
+    Raises:
+        Mismatch: a name is Everstep's own, or an object is None.
+    """
+    found: dict[str, object] = {}
+    for name, value in objects.items():
+        if name == RUN:
+            raise Mismatch(
+                f"{name!r} is a name of Everstep's own", kept="nothing was touched", next="another name"
+            )
+        found.update(_apart(name, value))
+    return found
+
+
+def _apart(name: str, value: object) -> Iterator[tuple[str, object]]:
+    items: dict[Any, object] = {}
+    if type(value) in (list, tuple):
+        assert isinstance(value, list | tuple)
+        items = dict(enumerate(value))
+    elif type(value) is dict:
+        items = value
+    if items and all(is_stateful(item) for item in items.values()):
+        for key, item in items.items():
+            yield f"{name}/{key}", unwrapped(item)
+    else:
+        yield name, unwrapped(value)
+
+
+def optimizers(objects: Mapping[str, object]) -> dict[str, torch.optim.Optimizer]:
+    return {name: value for name, value in objects.items() if isinstance(value, torch.optim.Optimizer)}
+
+
+def modules(objects: Mapping[str, object]) -> dict[str, torch.nn.Module]:
+    return {name: value for name, value in objects.items() if isinstance(value, torch.nn.Module)}
+
+
+def parameter_names(objects: Mapping[str, object]) -> dict[int, str]:
+    """The names of the modules' parameters by `id`."""
+    return {
+        id(parameter): f"{module_name}.{name}"
+        for module_name, module in modules(objects).items()
+        for name, parameter in module.named_parameters()
+    }
+
+
+def module_key(key: str) -> str:
+    """A name in a module's state without the traces of `torch.compile` on its parts."""
+    return key.replace("_orig_mod.", "")
+
+
+def trained(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The parameters of an optimizer, in its order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def optimizer_parameters(objects: Mapping[str, object]) -> dict[str, list[str]]:
+    """The names of each optimizer's parameters in its own order, as far as modules handed over have them."""
+    names = parameter_names(objects)
+    return {
+        name: [names.get(id(one), "") for one in trained(optimizer)]
+        for name, optimizer in optimizers(objects).items()
+    }

@@ -1,0 +1,436 @@
+"""From a snapshot back to a living training state, in place.
+
+First everything is held against the live objects, with nothing touched; then the bytes are read, straight
+into the memory of the live tensors where that is possible, so that no second copy of a model is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+
+from everstep.errors import Damaged, EverstepError, Mismatch, NotFound
+from everstep.format.manifest import CONFIG, OBJECTS, RUN, Manifest
+from everstep.format.values import Leaf, Value
+from everstep.state import leaves, rng
+from everstep.state.leaves import Fill, stored_leaf
+from everstep.state.objects import is_container, is_stateful, module_key, optimizer_parameters, trained
+from everstep.state.tree import Leaves, Tensorlike, dtype_name, flatten, join, leaf_names, unflatten
+
+
+@dataclass
+class Restored:
+    """What came back besides the objects, which were changed in place.
+
+    `values` are the plain values handed over by name, as they were. `approximate` says why the result is not
+    the state of the snapshot bit for bit; empty: it is.
+    """
+
+    progress: dict[str, Any]
+    position: Any
+    rng: dict[str, Any]
+    values: dict[str, Any] = field(default_factory=dict)
+    approximate: list[str] = field(default_factory=list)
+
+
+def restore(
+    manifest: Manifest, fill: Fill, objects: Mapping[str, object], *, strict: bool = True
+) -> Restored:
+    """Bring the objects to the state of a snapshot. The global RNGs are not touched: they are in the result.
+
+    Args:
+        manifest: the snapshot's (of one rank).
+        fill: reads its bytes, verified.
+        objects: the live objects, by name (`objects.named`).
+        strict: refuse what is missing or surplus; otherwise leave it as it is and say so in `approximate`.
+
+    Raises:
+        Mismatch: something does not fit; the message names it, and nothing was touched.
+        Damaged: bytes could not be verified; the objects may be partly overwritten.
+    """
+    return _Restoration(manifest, fill, strict).run(objects)
+
+
+def restore_part(
+    manifest: Manifest, fill: Fill, objects: Mapping[str, object], *, only: str = "*", strict: bool = True
+) -> list[str]:
+    """Bring some objects, or some leaves of them, to what a snapshot holds of them; it may hold others too.
+
+    Args:
+        manifest: the snapshot's (of one rank).
+        fill: reads its bytes, verified.
+        objects: the live objects, by name (`objects.named`).
+        only: a pattern of leaf names (`model/encoder.*`); of anything else than a module either all leaves
+            or none are to fit it. What it leaves out stays as it is and is not read.
+        strict: refuse what is missing or surplus under the pattern; otherwise leave it as it is.
+
+    Returns:
+        What was left as it is because it does not fit, a sentence each; empty where `strict`.
+
+    Raises:
+        NotFound: no leaf or object fits the pattern; nothing was touched.
+        Mismatch: something does not fit; the message names it, and nothing was touched.
+        Damaged: bytes could not be verified; the objects may be partly overwritten.
+    """
+    restoration = _Restoration(manifest, fill, strict, only)
+    restoration.run_part_of(objects)
+    return restoration.approximate
+
+
+def _part(tree: Value, key: str) -> Any:
+    if type(tree) is not dict or key not in tree:
+        raise Damaged(f"the snapshot's values have no {key!r}")
+    return tree[key]
+
+
+class _Restoration:
+    """`only` is the pattern of the leaves that are wanted; None: all, and none may be left over."""
+
+    def __init__(self, manifest: Manifest, fill: Fill, strict: bool, only: str | None = None) -> None:
+        self.manifest = manifest
+        self.fill = fill
+        self.strict = strict
+        self.only = only
+        self.saved: dict[str, Value] = _part(manifest.tree, OBJECTS)
+        self.run_part: dict[str, Value] = _part(manifest.tree, RUN)
+        self.approximate: list[str] = []
+        self.destinations: Leaves = {}
+        """Where the bytes of each leaf go."""
+
+        self.fresh: dict[str, torch.device] = {}
+        """The leaves that get new memory, and where."""
+
+    def run(self, objects: Mapping[str, object]) -> Restored:
+        wanted = self._matched(objects)
+        self._check_all(wanted)
+        places = self._gradient_places(objects)
+        needed = {key: part for key, part in self.run_part.items() if key != CONFIG}
+        for name in leaf_names(needed):
+            self._new(name, places.get(name, leaves.CPU))
+        states = self._brought(wanted)
+        self._apply_gradients(objects)
+        run = unflatten(needed, self._leaf)
+        return Restored(
+            progress=run["progress"],
+            position=run["data"],
+            rng=run["rng"],
+            values={name: states[name] for name, value in wanted.items() if is_plain(value)},
+            approximate=self.approximate,
+        )
+
+    def run_part_of(self, objects: Mapping[str, object]) -> None:
+        wanted = {name: value for name, value in self._matched(objects).items() if self._takes(name, value)}
+        if not wanted and not self.approximate:
+            names = [*(leaf for name in objects for leaf in leaf_names(self.saved[name])), *objects]
+            raise NotFound(
+                f"nothing of {', '.join(objects) or 'no objects'} has a name that fits {self.only!r}",
+                kept="nothing was touched",
+                next=f"a pattern of names such as {names[0]!r}" if names else "name the objects to read into",
+            )
+        self._check_all(wanted)
+        self._brought(wanted)
+
+    def _check_all(self, objects: Mapping[str, object]) -> None:
+        self._check_parameters(objects)
+        for name, value in objects.items():
+            self._check(name, value)
+
+    def _brought(self, objects: Mapping[str, object]) -> dict[str, object]:
+        """Read everything, and give the objects their states; returns those of plain values."""
+        stored = {name: stored_leaf(self.manifest, name) for name in self.fresh}
+        self.destinations.update(leaves.new(stored, self.fresh))
+        leaves.read(self.manifest, self.fill, self.destinations)
+        return {name: self._apply(name, value) for name, value in objects.items()}
+
+    # -- checks, with nothing touched ---------------------------------------------------------------------
+
+    def _matched(self, objects: Mapping[str, object]) -> dict[str, object]:
+        """The objects that are in the snapshot too."""
+        missing = [name for name in objects if name not in self.saved]
+        surplus = [name for name in self.saved if name not in objects]
+        self._lacks(
+            "the snapshot has no {}", missing, "hand over the objects it has: " + ", ".join(self.saved)
+        )
+        if self.only is None:
+            self._lacks(
+                "the snapshot holds {}, which is not given",
+                surplus,
+                f"everstep.open(..., {surplus[0]}=...)" if surplus else "",
+            )
+        return {name: value for name, value in objects.items() if name in self.saved}
+
+    def _wants(self, leaf: str) -> bool:
+        return self.only is None or fnmatchcase(leaf, self.only)
+
+    def _takes(self, name: str, value: object) -> bool:
+        """Whether the pattern means something of an object."""
+        if is_plain(value):
+            raise Mismatch(
+                f"{name} is a {type(value).__name__}, which cannot be changed in place",
+                kept="nothing was touched",
+                next=f"take it from the snapshot: .state({name!r})",
+            )
+        held = list(leaf_names(self.saved[name]))
+        taken = [leaf for leaf in held if self._wants(leaf)]
+        if isinstance(value, torch.nn.Module):
+            extras = [join(name, module_key(key)) for key in value.state_dict()]
+            return any(map(self._wants, (*taken, *_live_leaves(name, value), *extras)))
+        if taken and len(taken) < len(held):
+            raise Mismatch(
+                f"{self.only!r} fits {len(taken)} of the {len(held)} leaves of {name}; only a module can be "
+                "restored in part",
+                kept="nothing was touched",
+                next=f"a pattern that takes all of {name}, or none of it",
+            )
+        return bool(taken) if held else self._wants(name)
+
+    def _lacks(self, sentence: str, names: list[str], next: str) -> None:
+        if not names:
+            return
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        problem = sentence.format(shown)
+        if self.strict:
+            raise Mismatch(
+                problem, kept="nothing was touched", next=f"{next}, or strict=False to go on without"
+            )
+        self.approximate.append(problem)
+
+    def _check_parameters(self, objects: Mapping[str, object]) -> None:
+        """Optimizer state is by number: the order of the parameters must be the one it was saved in."""
+        saved = self.run_part.get("parameters")
+        for name, live in optimizer_parameters(objects).items():
+            before = saved.get(name, live) if type(saved) is dict else live
+            for number, (was, now) in enumerate(zip(before, live, strict=False)):
+                if was and now and was != now:
+                    raise Mismatch(
+                        f"parameter {number} of {name} is {now}, in the snapshot it is {was}",
+                        kept="nothing was touched",
+                        next="give the optimizer its parameters in the order of the snapshot",
+                    )
+
+    def _check(self, name: str, value: object) -> None:
+        if isinstance(value, torch.nn.Module):
+            self._check_module(name, value)
+        elif isinstance(value, torch.optim.Optimizer):
+            self._check_optimizer(name, value)
+        elif isinstance(value, torch.Tensor | np.ndarray) and type(self.saved[name]) is Leaf:
+            if self._fits(name, value):
+                self.destinations[name] = value
+        else:
+            if isinstance(value, torch.optim.lr_scheduler.LRScheduler):
+                self._check_keys(name, value)
+            self._check_kind(name, value)
+            for leaf in leaf_names(self.saved[name]):
+                self._new(leaf, leaves.CPU)
+
+    def _check_module(self, name: str, module: torch.nn.Module) -> None:
+        live = {leaf: one for leaf, one in _live_leaves(name, module).items() if self._wants(leaf)}
+        saved = [leaf for leaf in leaf_names(self.saved[name]) if self._wants(leaf)]
+        fix = "build the model that the snapshot was taken of"
+        self._lacks("the snapshot has no leaf {}", [leaf for leaf in live if leaf not in set(saved)], fix)
+        self._lacks(
+            "the snapshot holds {}, which the model has not",
+            [leaf for leaf in saved if leaf not in live],
+            fix,
+        )
+        for leaf in saved:
+            if leaf in live and self._fits(leaf, live[leaf]):
+                self.destinations[leaf] = live[leaf]
+
+    def _fits(self, leaf: str, tensor: Tensorlike) -> bool:
+        stored = stored_leaf(self.manifest, leaf)
+        for what, was, now in (
+            ("shape", stored.shape, tuple(tensor.shape)),
+            ("dtype", stored.dtype, dtype_name(tensor)),
+        ):
+            if was != now:
+                self._lacks(
+                    f"{{}} has {what} {_shown(now)}, in the snapshot {_shown(was)}",
+                    [leaf],
+                    "build the same model",
+                )
+                return False
+        return True
+
+    def _check_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """Its state need not be there yet (it comes with the first step), its groups must fit."""
+        saved = self.saved[name]
+        groups = saved.get("param_groups") if type(saved) is dict else None
+        if type(groups) is not list:
+            raise Mismatch(f"{name} is an optimizer, in the snapshot it is none", kept="nothing was touched")
+        sizes = [len(group.get("params", ())) for group in groups]
+        here = [len(group["params"]) for group in optimizer.param_groups]
+        if sizes != here:
+            raise Mismatch(
+                f"{name} has groups of {here} parameters, in the snapshot of {sizes}",
+                kept="nothing was touched",
+                next="build the optimizer that the snapshot was taken of",
+            )
+        live = _live_leaves(name, optimizer)
+        places = _state_places(saved, optimizer)
+        for leaf in leaf_names(saved):
+            there, stored = live.get(leaf), stored_leaf(self.manifest, leaf)
+            same = isinstance(there, torch.Tensor) and (
+                tuple(there.shape) == stored.shape and dtype_name(there) == stored.dtype
+            )
+            if same and there is not None:
+                self.destinations[leaf] = there
+            else:
+                self._new(leaf, places.get(leaf, leaves.CPU))
+
+    def _check_keys(self, name: str, scheduler: Any) -> None:
+        """A scheduler takes any state without a word: hold the names of its fields against it."""
+        saved = self.saved[name]
+        live = {key for key in scheduler.state_dict() if not key.startswith("_")}
+        there = {key for key in saved if not str(key).startswith("_")} if type(saved) is dict else set()
+        different = sorted(live ^ there)
+        if different:
+            problem = f"{name} is a {type(scheduler).__name__}, which differs from the snapshot's in {{}}"
+            self._lacks(problem, different, "build the scheduler that the snapshot was taken of")
+
+    def _check_kind(self, name: str, value: object) -> None:
+        saved = self.saved[name]
+        if is_container(value) and type(saved) is not type(value):
+            raise Mismatch(
+                f"{name} is a {type(value).__name__}, in the snapshot a {type(saved).__name__}",
+                kept="nothing was touched",
+                next="hand over what the snapshot was taken of",
+            )
+
+    # -- reading ------------------------------------------------------------------------------------------
+
+    def _new(self, name: str, device: torch.device) -> None:
+        """New memory for a leaf that has no live tensor to go to."""
+        stored_leaf(self.manifest, name)
+        self.fresh[name] = device
+
+    def _leaf(self, name: str) -> Tensorlike:
+        return self.destinations[name]
+
+    # -- handing over -------------------------------------------------------------------------------------
+
+    def _apply(self, name: str, value: object) -> object:
+        """Give an object its state; returns the state of a plain value."""
+        saved = self.saved[name]
+        if isinstance(value, torch.nn.Module):
+            self._apply_module(name, value)
+            return None
+        state = unflatten(saved, self._leaf)
+        try:
+            if isinstance(value, torch.optim.Optimizer):
+                value.load_state_dict(state)
+                _keep_dtypes(value, state)
+            elif is_stateful(value):
+                value.load_state_dict(state)  # type: ignore[attr-defined]
+            elif rng.is_generator(value):
+                rng.set_generator_state(value, state)
+            elif is_container(value):
+                _replace(value, state)
+        except EverstepError:
+            raise
+        except Exception as error:
+            raise Mismatch(
+                f"{name} ({type(value).__name__}) refused the state of the snapshot: {error}",
+                kept="the snapshot is intact; the objects in memory are partly overwritten, do not train on",
+                next="build the objects that the snapshot was taken of, and start again",
+            ) from error
+        return state
+
+    def _apply_module(self, name: str, module: torch.nn.Module) -> None:
+        """Its tensors were filled in place; what a module keeps besides them goes through the module."""
+        saved = self.saved[name]
+        live = module.state_dict()
+        extras = {
+            key: unflatten(saved[module_key(key)], self._leaf)
+            for key, item in live.items()
+            if not isinstance(item, torch.Tensor) and self._has_all(name, module_key(key), saved)
+        }
+        if extras:
+            module.load_state_dict({**live, **extras})
+
+    def _has_all(self, name: str, key: str, saved: Any) -> bool:
+        """Whether something a module keeps besides tensors is in the snapshot and wanted."""
+        if key not in saved:
+            return False
+        held = list(leaf_names(saved[key]))
+        return all(leaf in self.destinations for leaf in held) if held else self._wants(join(name, key))
+
+    def _gradient_places(self, objects: Mapping[str, object]) -> dict[str, torch.device]:
+        """Gradients go where their parameters are."""
+        saved = self.run_part.get("gradients")
+        places: dict[str, torch.device] = {}
+        for name, gradients in saved.items() if type(saved) is dict else ():
+            optimizer = objects.get(name)
+            if isinstance(optimizer, torch.optim.Optimizer):
+                for parameter, leaf in zip(trained(optimizer), gradients, strict=False):
+                    places.update(dict.fromkeys(leaf_names(leaf), parameter.device))
+        return places
+
+    def _apply_gradients(self, objects: Mapping[str, object]) -> None:
+        saved = self.run_part.get("gradients")
+        for name, gradients in saved.items() if type(saved) is dict else ():
+            optimizer = objects.get(name)
+            if isinstance(optimizer, torch.optim.Optimizer):
+                restored = unflatten(gradients, self._leaf)
+                for parameter, gradient in zip(trained(optimizer), restored, strict=True):
+                    parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
+
+def _live_leaves(name: str, value: Any) -> Leaves:
+    leaves: Leaves = {}
+    state = value.state_dict()
+    if isinstance(value, torch.nn.Module):
+        state = {module_key(key): item for key, item in state.items()}
+    flatten(name, state, leaves)
+    return leaves
+
+
+def is_plain(value: object) -> bool:
+    """Whether it cannot be restored in place: it comes back as a value."""
+    special = is_stateful(value) or rng.is_generator(value) or is_container(value)
+    return not special and not isinstance(value, torch.Tensor | np.ndarray)
+
+
+def _state_places(saved: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.device]:
+    """Where an optimizer's own `load_state_dict` puts the state of each parameter: read to there at once, a
+    state on a device needs no copy of itself on the host."""
+    state = saved.get("state")
+    places: dict[str, torch.device] = {}
+    for number, parameter in enumerate(trained(optimizer)):
+        kept = state.get(number) if isinstance(state, dict) else None
+        for key, value in kept.items() if isinstance(kept, dict) else ():
+            if key != "step":
+                places.update(dict.fromkeys(leaf_names(value), parameter.device))
+    return places
+
+
+def _keep_dtypes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """`Optimizer.load_state_dict` casts state to its parameter's dtype, which loses bits of a state that is
+    kept in another one: put the tensors back as they were saved."""
+    for number, parameter in enumerate(trained(optimizer)):
+        for key, saved in state["state"].get(number, {}).items():
+            loaded = optimizer.state[parameter].get(key)
+            if (
+                isinstance(saved, torch.Tensor)
+                and isinstance(loaded, torch.Tensor)
+                and saved.dtype != loaded.dtype
+            ):
+                optimizer.state[parameter][key] = saved.to(loaded.device)
+
+
+def _replace(container: Any, state: Any) -> None:
+    """Give a dict, list or set the contents of another, in place."""
+    container.clear()
+    if isinstance(container, list):
+        container.extend(state)
+    else:
+        container.update(state)
+
+
+def _shown(fact: object) -> str:
+    return str(list(fact)) if isinstance(fact, tuple) else str(fact)

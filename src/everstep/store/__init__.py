@@ -1,0 +1,1 @@
+"""Where bytes rest: put, get, list, delete."""

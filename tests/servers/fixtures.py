@@ -1,0 +1,84 @@
+"""The servers as fixtures: each once in a session of each process, and a fresh bucket for each who asks.
+
+What is not installed is skipped with a line that says so; `EVERSTEP_REQUIRE_SERVERS=1` makes it a failure.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from . import ceph as gateway
+from . import small
+from .fault_proxy import FaultProxy
+from .running import S3
+
+REQUIRED = os.environ.get("EVERSTEP_REQUIRE_SERVERS", "0") not in ("", "0")
+"""Looked at when this is imported: the tests themselves see no setting from outside."""
+
+_buckets = itertools.count(1)
+
+
+def need(server: str, missing: list[str]) -> None:
+    """Skip, or fail where servers are required."""
+    if not missing:
+        return
+    text = f"{server} is not installed (no {', '.join(missing)}): make servers"
+    if REQUIRED:
+        pytest.fail(text)
+    pytest.skip(text)
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[S3]:
+    need("the Ceph object gateway", [*gateway.missing(), *small.missing("boto3")])
+    # Its sockets need a short path.
+    directory = Path(tempfile.mkdtemp(prefix="ceph-", dir="/tmp"))
+    try:
+        with gateway.running(directory) as server:
+            yield server
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    need("moto", small.missing(*small.MOTO))
+    with small.moto(tmp_path_factory.mktemp("moto")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def liar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """It overwrites although it was asked not to."""
+    need("rclone", [] if small.rclone_program() else ["rclone"])
+    with small.rclone(tmp_path_factory.mktemp("rclone")) as server:
+        yield server
+
+
+@pytest.fixture
+def refuser(moto: S3) -> Iterator[S3]:
+    """It answers 501 to a condition, as some gateways do."""
+    with FaultProxy(moto.port, refuses_conditions=True) as proxy:
+        yield moto.at(proxy.endpoint)
+
+
+Bucket = Callable[[S3], str]
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """Makes a fresh bucket on a server, with the environment set for it; returns the URL."""
+
+    def make(server: S3) -> str:
+        for name, value in server.variables().items():
+            monkeypatch.setenv(name, value)
+        return f"s3://{server.make_bucket(f'b{os.getpid()}-{next(_buckets)}')}"
+
+    return make
