@@ -60,8 +60,11 @@ class Measured:
                 costs[name].append(value)
         return {
             "state_bytes": self.built["state_bytes"],
-            "busy": {name: summary(self.series(name)) for name in COUNTED},
-            "idle": {name: summary(self.idle_series(name)) for name in ("called_s", "durable_s", "cpu_s")},
+            "busy": {name: summary(self.series(name)) for name in (*COUNTED, "held_s")},
+            "idle": {
+                name: summary(self.idle_series(name))
+                for name in ("called_s", "released_s", "durable_s", "cpu_s")
+            },
             "cpu_s_per_GB": {
                 "busy": summary([one / gigabytes for one in self.series("cpu_s")]),
                 "idle": summary([one / gigabytes for one in self.idle_series("cpu_s")]),
@@ -82,18 +85,19 @@ def persist_rates(measured: Measured) -> list[float]:
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    found = {state: _state(setting, state) for state in GROUPS}
+    found = {state: beside_others(setting, state, groups) for state, groups in GROUPS.items()}
     large, small = (
         found[state]["systems"][OURS]["busy"]["blocked_s"]["median"] for state in ("gpt2", "third_gpt2")
     )
     return {**found, "blocked, gpt2 / third_gpt2": large / small}
 
 
-def _state(setting: Setting, state: str) -> dict[str, Any]:
+def beside_others(setting: Setting, state: str, groups: list[tuple[str, ...]]) -> dict[str, Any]:
+    """One state with each system, those of a group in turn."""
     floors = Floors(setting.place(f"floors-{state}"), size_bytes=1 << (29 if setting.is_full else 24))
     measured: dict[str, Measured] = {}
     absent: dict[str, str] = {}
-    for group in GROUPS[state]:
+    for group in groups:
         _group(setting, state, group, floors, measured, absent)
     return {
         "state_bytes": measured[OURS].built["state_bytes"],

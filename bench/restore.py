@@ -30,22 +30,23 @@ SAFE = "safetensors"
 Restore = Callable[[State], object]
 
 
-def measure(setting: Setting) -> dict[str, Any]:
+def measure(setting: Setting, device: str = "cpu") -> dict[str, Any]:
     tree = Tree(f"{os.getpid()}-restore", str(setting.directory))
+    place = str(setting.place("restore"))
     result: dict[str, Any] = call(
-        tree, "bench.restore", "from_disk", str(setting.place("restore")), setting.size, setting.repetitions
+        tree, "bench.restore", "from_disk", place, setting.size, setting.repetitions, device
     )
-    result["arena"] = _from_arena(setting, tree, result)
+    result["arena"] = _from_arena(setting, tree, result, device)
     return result
 
 
 # -- from the disk, in one process -------------------------------------------------------------------------
 
 
-def from_disk(directory: str, size: str, repetitions: int) -> dict[str, Any]:
+def from_disk(directory: str, size: str, repetitions: int, device: str) -> dict[str, Any]:
     """Cold and warm, alternating, each into objects as a new process has them."""
     root = Path(directory)
-    state = gpt2(size)
+    state = gpt2(size, device=device)
     state.step()
     size_bytes = state.size_bytes
     live_bytes = sum(one.nbytes for one in tensors(state.plain()["model"]))
@@ -57,10 +58,12 @@ def from_disk(directory: str, size: str, repetitions: int) -> dict[str, Any]:
         tell(f"restore, repetition {repetition + 1} of {repetitions}")
         floors.measure()
         for name, restore in _restores(places).items():
-            _time(times, f"{name}, cold", restore, places[name], cold, size)
-            _time(times, f"{name}, warm", restore, places[name], warm, size)
+            for temperature, prepare in (("cold", cold), ("warm", warm)):
+                fresh = fresh_gpt2(size, device)
+                _time(times, f"{name}, {temperature}", restore, places[name], prepare, fresh)
         for name, restore in _partial(places).items():
-            _time_partial(times, f"{name}, model alone, cold", restore, places[name], size)
+            model = only_model(fresh_gpt2(size, device))
+            _time_partial(times, f"{name}, model alone, cold", restore, places[name], model)
     read_floor = [size_bytes / 1e9 / rate for rate in floors.rates["direct_read"]]
     # The model is there and was touched; the optimizer has no state yet, so memory for it is new.
     fresh_floor = [
@@ -110,7 +113,7 @@ def _restores(places: dict[str, Path]) -> dict[str, Restore]:
 
 
 def torch_load(state: State, file: Path) -> None:
-    loaded = torch.load(file, mmap=True, weights_only=True)
+    loaded = torch.load(file, map_location=state.device, mmap=True, weights_only=True)
     for name, one in state.objects.items():
         one.load_state_dict(loaded[name])
 
@@ -133,10 +136,10 @@ def _time(
     restore: Restore,
     place: Path,
     prepare: Callable[[Path], None],
-    size: str,
+    fresh: State,
 ) -> None:
     prepare(place)
-    fresh, kept = fresh_gpt2(size), []
+    kept: list[object] = []
     returned = seconds(lambda: kept.append(restore(fresh)))
     times[f"{name}, returned"].append(returned)
     times[f"{name}, ready"].append(returned + seconds(lambda: touch(fresh)))
@@ -158,21 +161,22 @@ def _partial(places: dict[str, Path]) -> dict[str, Restore]:
 
 
 def _torch_model(state: State, file: Path) -> None:
-    loaded = torch.load(file, mmap=True, weights_only=True)
+    loaded = torch.load(file, map_location=state.device, mmap=True, weights_only=True)
     state.objects["model"].load_state_dict(loaded["model"])
 
 
 def _safetensors_model(state: State, file: Path) -> None:
     from safetensors import safe_open
 
-    with safe_open(file, framework="pt") as source:
+    with safe_open(file, framework="pt", device=state.device) as source:
         model = state.objects["model"]
         model.load_state_dict({name: source.get_tensor(f"model.{name}") for name in model.state_dict()})
 
 
-def _time_partial(times: dict[str, list[float]], name: str, restore: Restore, place: Path, size: str) -> None:
+def _time_partial(
+    times: dict[str, list[float]], name: str, restore: Restore, place: Path, fresh: State
+) -> None:
     cold(place)
-    fresh = only_model(fresh_gpt2(size))
     returned = seconds(lambda: restore(fresh))
     times[name].append(returned + seconds(lambda: touch(fresh)))
 
@@ -180,13 +184,13 @@ def _time_partial(times: dict[str, list[float]], name: str, restore: Restore, pl
 # -- from the arena, each time in a new process ------------------------------------------------------------
 
 
-def _from_arena(setting: Setting, tree: Tree, disk: dict[str, Any]) -> dict[str, Any]:
+def _from_arena(setting: Setting, tree: Tree, disk: dict[str, Any], device: str) -> dict[str, Any]:
     """A training is killed when its snapshot is durable; the next one restores, changes everything, takes a
     snapshot and is killed in turn. The chain's files are cold: what is fast did not come from there."""
     chain = setting.place("arena") / "chain"
     times: dict[str, list[float]] = defaultdict(list)
     remarks: list[str] = []
-    process = start(tree, "bench.restore", "restore_and_take", str(chain), setting.size)
+    process = start(tree, "bench.restore", "restore_and_take", str(chain), setting.size, device)
     try:
         for repetition in range(setting.repetitions + 1):
             tell(f"restore from the arena, repetition {repetition} of {setting.repetitions}")
@@ -200,7 +204,7 @@ def _from_arena(setting: Setting, tree: Tree, disk: dict[str, Any]) -> dict[str,
             if not tree.pids():
                 return {"not measured": "no keeper outlives its training"}
             cold(chain)
-            process = start(tree, "bench.restore", "restore_and_take", str(chain), setting.size)
+            process = start(tree, "bench.restore", "restore_and_take", str(chain), setting.size, device)
     finally:
         for pid in tree.pids():
             os.kill(pid, signal.SIGKILL)
@@ -212,9 +216,9 @@ def _from_arena(setting: Setting, tree: Tree, disk: dict[str, Any]) -> dict[str,
     }
 
 
-def restore_and_take(chain: str, size: str) -> Iterator[dict[str, Any]]:
+def restore_and_take(chain: str, size: str, device: str) -> Iterator[dict[str, Any]]:
     """Restore what is there, and take a snapshot of a changed state."""
-    state = fresh_gpt2(size) if Path(chain).exists() else gpt2(size)
+    state = fresh_gpt2(size, device) if Path(chain).exists() else gpt2(size, device=device)
     if state.loss is not None:
         state.step()
     opened: list[Run] = []

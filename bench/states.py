@@ -19,11 +19,13 @@ class State:
 
     Attributes:
         loss: makes a batch of its own and returns the loss on it.
+        device: where all of it is.
         trained_bytes: the trained parameters and their optimizer's state, where that is not everything.
     """
 
     objects: dict[str, nn.Module | torch.optim.Optimizer]
     loss: Callable[[], torch.Tensor] | None = None
+    device: str = "cpu"
     trained_bytes: Callable[[], int] | None = None
 
     @property
@@ -35,11 +37,12 @@ class State:
         return [one for one in self.objects.values() if isinstance(one, torch.optim.Optimizer)]
 
     def plain(self) -> dict[str, object]:
-        """What a user of torch.save would save."""
-        return {name: one.state_dict() for name, one in self.objects.items()}
+        """What a user of torch.save would save. Plain dicts: DCP's stager of torch 2.11 copies no others."""
+        return {name: dict(one.state_dict()) for name, one in self.objects.items()}
 
     def step(self, updating: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
-        """Train a step; the optimizers' part of it inside `updating()`."""
+        """Train a step; the optimizers' part of it inside `updating()`. It ends where a device is done with
+        it: as in a loop that looks at each loss."""
         assert self.loss is not None
         self.loss().backward()
         with updating():
@@ -47,6 +50,12 @@ class State:
                 optimizer.step()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until a device has done all that it was asked."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
 
 def tensors(tree: object) -> list[torch.Tensor]:
@@ -63,6 +72,7 @@ def touch(state: State) -> None:
     for one in state.objects.values():
         for tensor in tensors(one.state_dict()):
             tensor.add_(0)
+    state.settle()
 
 
 # -- a language model --------------------------------------------------------------------------------------
@@ -133,6 +143,7 @@ def _next_token(model: Transformer, tokens: int) -> Callable[[], torch.Tensor]:
     def loss() -> torch.Tensor:
         begin = torch.randint(vocabulary, (max(tokens // context, 1), 1))
         text = (begin + 17 * torch.arange(context + 1)) % vocabulary
+        text = text.to(model.token.weight.device)
         return functional.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
 
     return loss
@@ -142,22 +153,32 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-4)
 
 
-def gpt2(size: str = "full", tokens: int = 64) -> State:
+def gpt2(size: str = "full", tokens: int = 64, device: str = "cpu", **shape: int) -> State:
     """GPT-2 with AdamW in fp32: 1.5 GB once a step was trained."""
     torch.manual_seed(0)
-    model = Transformer(**_shape(size))
-    return State({"model": model, "optimizer": _adamw(model)}, _next_token(model, tokens))
+    model = Transformer(**(shape if shape and size == "full" else _shape(size))).to(device)
+    return State({"model": model, "optimizer": _adamw(model)}, _next_token(model, tokens), device)
 
 
-def fresh_gpt2(size: str = "full") -> State:
+def gpt2_on_cuda(size: str = "full", tokens: int = 16384) -> State:
+    """The same on a device, where a step is to take longer than the copy too."""
+    return gpt2(size, tokens, "cuda")
+
+
+def medium_gpt2_on_cuda(size: str = "full", tokens: int = 16384) -> State:
+    """The next larger GPT-2, 4.3 GB with AdamW."""
+    return gpt2(size, tokens, "cuda", width=1024, layers=24)
+
+
+def fresh_gpt2(size: str = "full", device: str = "cpu") -> State:
     """The same objects as a new process has them: parameters without meaning, an optimizer without state."""
     with torch.device("meta"):
         model = Transformer(**_shape(size))
-    model.to_empty(device="cpu")
+    model.to_empty(device=device)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    return State({"model": model, "optimizer": _adamw(model)})
+    return State({"model": model, "optimizer": _adamw(model)}, device=device)
 
 
 def third_gpt2(size: str = "full", tokens: int = 64) -> State:
@@ -236,7 +257,7 @@ def many_tensors(size: str = "full", tokens: int = 0) -> State:
 
 def only_model(state: State) -> State:
     """The model without its optimizer."""
-    return State({"model": state.objects["model"]})
+    return State({"model": state.objects["model"]}, device=state.device)
 
 
 STATES: dict[str, Callable[[str, int], State]] = {
@@ -245,4 +266,6 @@ STATES: dict[str, Callable[[str, int], State]] = {
     "recommender": recommender,
     "many_tensors": many_tensors,
     "third_gpt2": third_gpt2,
+    "gpt2_on_cuda": gpt2_on_cuda,
+    "medium_gpt2_on_cuda": medium_gpt2_on_cuda,
 }

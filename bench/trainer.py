@@ -129,7 +129,8 @@ class Loop:
         undisturbed_s = statistics.median(end - begin for begin, end in spans)
         self._train()
         cpu = self._tree.cpu_seconds()
-        saving, blocked_s = self._save()
+        saving, saving_call_s = self._save()
+        blocked_s = saving_call_s
         during: list[tuple[float, float]] = []
         while not during or not saving.done:
             during.append(self._step())
@@ -141,6 +142,8 @@ class Loop:
         return {
             "blocked_s": blocked_s,
             "lost_s": lost_s,
+            # A device waits where its host goes on: that shows in the length of the step alone.
+            "held_s": saving_call_s + during[0][1] - during[0][0] - undisturbed_s,
             "durable_s": saving.durable_at - saving.begun,
             "cpu_s": max(cpu, TICK_S),
             "step_s": undisturbed_s,

@@ -99,11 +99,18 @@ class Endless(Dataset):
     def __len__(self):
         return 80
     def __getitem__(self, index):
+        if sys.argv[2] == "locked" and index in (4, 6):
+            meet(index)
         if index >= 6 and sys.argv[2] != "busy":
             if sys.argv[2] == "locked":
                 hold_what_the_loader_needs_to_end()
             os.read(os.pipe()[0], 1)
         return index
+
+def meet(index):
+    # A worker asks for the lock before each batch: the third batch has to be past that when it is taken.
+    with open(sys.argv[1] + ".meeting", "r" if index == 6 else "w"):
+        pass
 
 def hold_what_the_loader_needs_to_end():
     frame = sys._getframe()
@@ -113,6 +120,7 @@ def hold_what_the_loader_needs_to_end():
     os.write(1, b"holds it\\n")
 
 if __name__ == "__main__":
+    os.mkfifo(sys.argv[1] + ".meeting")
     loader = DataLoader(Endless(), 2, num_workers=2)
     run = everstep.open(sys.argv[1], history=[], every=None, data=loader)
     for batch in run.steps():

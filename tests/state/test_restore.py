@@ -234,9 +234,50 @@ def test_new_state_of_an_optimizer_goes_where_its_parameters_are() -> None:
     saved = stored({"optimizer": live}).manifest.tree["objects"]["optimizer"]
     live.param_groups[0]["params"][1] = nn.Parameter(torch.empty(8, device="meta"))
     places = _state_places(saved, live)
-    assert {leaf for leaf, device in places.items() if device.type == "meta"} == {
+    assert all(isinstance(like, torch.Tensor) for like in places.values())
+    assert {leaf for leaf, like in places.items() if like.device.type == "meta"} == {
         "optimizer/state/1/exp_avg",
         "optimizer/state/1/exp_avg_sq",
     }
     names = set(leaf_names(saved))
     assert names - set(places) == {f"optimizer/state/{number}/step" for number in range(5)}
+
+
+class Unordered(nn.Module):
+    """Parameters whose memory is not in the order of their dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        self.turned = nn.Parameter(torch.randn(6, 4).t())
+        self.plain = nn.Parameter(torch.randn(2, 3))
+
+    def forward(self) -> torch.Tensor:
+        image = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+        return self.image(image).square().mean() + self.turned.square().sum() + self.plain.square().sum()
+
+
+def test_what_belongs_to_a_parameter_lies_as_the_parameter_does() -> None:
+    """An optimizer makes its state so, and kernels for tensors of two orders may round otherwise."""
+
+    def made(steps: int) -> dict[str, Any]:
+        torch.manual_seed(steps)
+        model = Unordered()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model().backward()
+            optimizer.step()
+        return {"model": model, "optimizer": optimizer}
+
+    saved, live = made(3), made(0)
+    kept = stored(saved)
+    restore(kept.manifest, kept.fill, named(live))
+    for one, other in zip(live["model"].parameters(), saved["model"].parameters(), strict=True):
+        back, there = live["optimizer"].state[one], saved["optimizer"].state[other]
+        assert torch.equal(one, other)
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(back[name], there[name])
+            assert back[name].stride() == there[name].stride() == one.stride()
+        assert one.grad is None or one.grad.stride() == one.stride()
+    assert not live["model"].turned.is_contiguous()

@@ -462,8 +462,10 @@ def _comparable(value: Number | None) -> float | None:
 
 
 def find_anywhere(text: str, here: Callable[[], Chain], branch: str = MAIN) -> tuple[Chain, Snapshot]:
-    """The chain and the snapshot that `PATH@REF` means, or `REF` alone of the chain `here`. What stands before
-    the `@` is a chain if it has a `/` or is the directory of one; no branch has a `/`. Raises as `Chain.find`.
+    """The chain and the snapshot that `PATH@REF` means, or `REF` alone of the chain `here`.
+
+    What stands before the `@` is a chain if it has a `/` or is the directory of one; no branch has a `/`.
+    Raises as `Chain.find`.
     """
     place, ref = refs.split(text)
     elsewhere = "@" in text and ("/" in place or Path(place, keys.CHAIN).is_file())

@@ -11,7 +11,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -49,6 +49,10 @@ class Carrier(Protocol):
         from several threads at once."""
 
 
+Like: TypeAlias = torch.device | torch.Tensor
+"""What new memory is made like: on a device; or where a tensor is and, if it has its shape, in the order in
+which its memory lies. Kernels for two tensors of one order may round otherwise than those for two orders."""
+
 CarrierOf: TypeAlias = Callable[[torch.Tensor], "Carrier | None"]
 """Who brings bytes to a tensor; None where they are read straight into its memory."""
 
@@ -76,8 +80,9 @@ def same_bytes(leaf: StoredLeaf) -> tuple[object, ...]:
 # -- new memory -------------------------------------------------------------------------------------------
 
 
-def new(leaves: Mapping[str, StoredLeaf], devices: Mapping[str, torch.device]) -> dict[str, Tensorlike]:
-    """A tensor or array for each leaf, of undefined contents; on the CPU but for those that `devices` names.
+def new(leaves: Mapping[str, StoredLeaf], likes: Mapping[str, Like]) -> dict[str, Tensorlike]:
+    """A tensor or array for each leaf, of undefined contents; on the CPU and contiguous but for those that
+    `likes` names.
 
     Large ones of the CPU lie in one piece of memory, made for being read into: on page boundaries, which
     spares a copy, and of large pages where the system has them, for the first touch of fresh memory takes
@@ -86,8 +91,11 @@ def new(leaves: Mapping[str, StoredLeaf], devices: Mapping[str, torch.device]) -
     made: dict[str, Tensorlike] = {}
     large: dict[str, StoredLeaf] = {}
     for name, leaf in leaves.items():
-        device = devices.get(name, CPU)
-        if leaf.dtype.startswith("numpy:") or device == CPU:
+        like = likes.get(name, CPU)
+        device = like if isinstance(like, torch.device) else like.device
+        if _has_an_order(like, leaf):
+            made[name] = torch.empty_like(like, dtype=torch_dtype(leaf.dtype))
+        elif leaf.dtype.startswith("numpy:") or device == CPU:
             if leaf.size_bytes(leaf.slices[0]) >= SMALL_BYTES:
                 large[name] = leaf
             elif leaf.dtype.startswith("numpy:"):
@@ -98,6 +106,13 @@ def new(leaves: Mapping[str, StoredLeaf], devices: Mapping[str, torch.device]) -
             made[name] = torch.empty(leaf.shape, dtype=torch_dtype(leaf.dtype), device=device)
     made.update(_together(large))
     return made
+
+
+def _has_an_order(like: Like, leaf: StoredLeaf) -> TypeGuard[torch.Tensor]:
+    """Whether a leaf's memory is to lie in another order than it is stored in."""
+    if isinstance(like, torch.device) or leaf.dtype.startswith("numpy:"):
+        return False
+    return tuple(like.shape) == leaf.shape and not like.is_contiguous()
 
 
 def _together(leaves: Mapping[str, StoredLeaf]) -> Iterator[tuple[str, Tensorlike]]:

@@ -102,8 +102,8 @@ class _Restoration:
         self.destinations: Leaves = {}
         """Where the bytes of each leaf go."""
 
-        self.fresh: dict[str, torch.device] = {}
-        """The leaves that get new memory, and where."""
+        self.fresh: dict[str, leaves.Like] = {}
+        """The leaves that get new memory, and like what."""
 
     def run(self, objects: Mapping[str, object]) -> Restored:
         wanted = self._matched(objects)
@@ -304,10 +304,10 @@ class _Restoration:
 
     # -- reading ------------------------------------------------------------------------------------------
 
-    def _new(self, name: str, device: torch.device) -> None:
+    def _new(self, name: str, like: leaves.Like) -> None:
         """New memory for a leaf that has no live tensor to go to."""
         stored_leaf(self.manifest, name)
-        self.fresh[name] = device
+        self.fresh[name] = like
 
     def _leaf(self, name: str) -> Tensorlike:
         return self.destinations[name]
@@ -360,15 +360,15 @@ class _Restoration:
         held = list(leaf_names(saved[key]))
         return all(leaf in self.destinations for leaf in held) if held else self._wants(join(name, key))
 
-    def _gradient_places(self, objects: Mapping[str, object]) -> dict[str, torch.device]:
-        """Gradients go where their parameters are."""
+    def _gradient_places(self, objects: Mapping[str, object]) -> dict[str, leaves.Like]:
+        """Gradients go where their parameters are, and lie as these do."""
         saved = self.run_part.get("gradients")
-        places: dict[str, torch.device] = {}
+        places: dict[str, leaves.Like] = {}
         for name, gradients in saved.items() if type(saved) is dict else ():
             optimizer = objects.get(name)
             if isinstance(optimizer, torch.optim.Optimizer):
                 for parameter, leaf in zip(trained(optimizer), gradients, strict=False):
-                    places.update(dict.fromkeys(leaf_names(leaf), parameter.device))
+                    places.update(dict.fromkeys(leaf_names(leaf), parameter.detach()))
         return places
 
     def _apply_gradients(self, objects: Mapping[str, object]) -> None:
@@ -396,16 +396,17 @@ def is_plain(value: object) -> bool:
     return not special and not isinstance(value, torch.Tensor | np.ndarray)
 
 
-def _state_places(saved: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.device]:
+def _state_places(saved: Any, optimizer: torch.optim.Optimizer) -> dict[str, leaves.Like]:
     """Where an optimizer's own `load_state_dict` puts the state of each parameter: read to there at once, a
-    state on a device needs no copy of itself on the host."""
+    state on a device needs no copy of itself on the host. It lies as its parameter does, for so the optimizer
+    has made it (`zeros_like`)."""
     state = saved.get("state")
-    places: dict[str, torch.device] = {}
+    places: dict[str, leaves.Like] = {}
     for number, parameter in enumerate(trained(optimizer)):
         kept = state.get(number) if isinstance(state, dict) else None
         for key, value in kept.items() if isinstance(kept, dict) else ():
             if key != "step":
-                places.update(dict.fromkeys(leaf_names(value), parameter.device))
+                places.update(dict.fromkeys(leaf_names(value), parameter.detach()))
     return places
 
 
