@@ -25,12 +25,12 @@ LINKS = ("down, page-locked", "down, shared memory locked", "down, pageable", "u
 TOKENS = 16384
 """What a step trains on there, so that it takes longer than the copy of its state."""
 
-ABSENT = {"not measured": "no CUDA device"}
+ABSENT = {"not measured": "there is no CUDA device"}
 
 
 def measure(setting: Setting) -> dict[str, Any]:
     """1.5 GB of state."""
-    return _beside_others(setting, "gpt2_on_cuda", (OURS, *DCP_BEST, "dcp.async_save", TORCH_SAVE))
+    return _beside_others(setting, "gpt2_on_cuda", (OURS, *DCP_BEST, TORCH_SAVE))
 
 
 def measure_medium(setting: Setting) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def spread(one: Summary, scale: float = 1.0) -> str:
 
 def _origin(results: Results) -> str:
     """On which machine, and whether all figures are of one run."""
-    runs = {name: one["run"] for name, one in results.items() if "run" in one}
+    runs = {name: one["run"] for name, one in results.items() if "run" in one and name not in ON_CUDA}
     machine: dict[str, object] = next((one["machine"] for name, one in results.items() if name in runs), {})
     facts = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in machine.items())
     which = (
@@ -257,6 +257,27 @@ def _objects(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def _on_cuda(found: dict[str, Any]) -> list[str]:
+    if "device" not in found:
+        return []
+    cores, torch = found["machine"]["cores"], found["machine"]["torch"]
+    links = ", ".join(
+        f"{name} {spread(one)}{'' if name.startswith('locking') else ' GB/s'}"
+        for name, one in found["links"].items()
+    )
+    down = ", ".join(f"{name} {number(share)}" for name, share in found["down, of the link"].items())
+    held = [[name, spread(one["busy"]["held_s"], 1e3)] for name, one in found["systems"].items()]
+    return [
+        f"## On {found['device']}: {number(found['state_bytes'] / 1e9)} GB of GPT-2 and AdamW",
+        f"Another machine: {cores} cores, torch {torch}. The link: {links}. A state leaves the device, "
+        f"nothing else at work, at this share of the first: {down}.",
+        table(["", "held: call, and what its step took longer, ms"], held),
+        *_state(found),
+    ]
+
+
+ON_CUDA = ("cuda", "cuda_medium", "cuda_restore")
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "restore": _restore,
     "storage": _storage,
@@ -264,6 +285,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "waves": _waves,
     "niceness": _niceness,
     "objects": _objects,
+    "cuda": _on_cuda,
+    "cuda_medium": _on_cuda,
 }
 
 
