@@ -157,6 +157,28 @@ def test_memory_on_page_boundaries_needs_no_detour(
     assert seen == detours
 
 
+def test_neighbours_that_lie_as_the_disk_asks_are_read_with_one_call(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_direct(file):
+        pytest.skip("this file system has no O_DIRECT")
+    monkeypatch.setattr(reads, "_cached", lambda *_: 0)
+    calls: list[list[int]] = []
+    preadv = os.preadv
+
+    def noted(descriptor: int, buffers: list[memoryview], at: int, *flags: int) -> int:
+        calls.append([len(buffer) for buffer in buffers])
+        return preadv(descriptor, buffers, at, *flags)
+
+    monkeypatch.setattr(os, "preadv", noted)
+    sizes = [1 << 20, 0, 2 << 20, 65536, (1 << 20) + 100, 3000]
+    buffers = [pages(size + 1)[:size] for size in sizes]
+    assert read(file, 4096, buffers) == sum(sizes)
+    assert b"".join(buffers) == file.read_bytes()[4096 : 4096 + sum(sizes)]
+    assert calls[0] == [1 << 20, 2 << 20, 65536, 1 << 20]
+    assert len(calls) == 2, "one more for what is left, by a detour"
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_mixture_of_memory(file: Path, data: st.DataObject) -> None:
@@ -192,7 +214,7 @@ def test_bounce_buffers_are_used_again_and_few_are_kept(file: Path, monkeypatch:
         pytest.skip("this file system has no O_DIRECT")
     monkeypatch.setattr(reads, "_BOUNCES", [])
     monkeypatch.setattr(reads, "_cached", lambda *_: 0)
-    inside = threading.Barrier(6)
+    inside = threading.Barrier(10)
     bounced = reads._bounced
 
     def together(*arguments: Any) -> int:
@@ -200,14 +222,14 @@ def test_bounce_buffers_are_used_again_and_few_are_kept(file: Path, monkeypatch:
         return bounced(*arguments)
 
     monkeypatch.setattr(reads, "_bounced", together)
-    buffers = [memoryview(bytearray(2_000_000)) for _ in range(6)]
+    buffers = [memoryview(bytearray(2_000_000)) for _ in range(10)]
     readers = [threading.Thread(target=read, args=(file, 0, [buffer])) for buffer in buffers]
     for reader in readers:
         reader.start()
     for reader in readers:
         reader.join()
-    assert [buffer == file.read_bytes()[:2_000_000] for buffer in buffers] == [True] * 6
-    assert len(reads._BOUNCES) == 4
+    assert [buffer == file.read_bytes()[:2_000_000] for buffer in buffers] == [True] * 10
+    assert len(reads._BOUNCES) == reads._KEPT_BOUNCES == 8
     monkeypatch.setattr(reads, "_bounced", bounced)
     kept = list(map(id, reads._BOUNCES))
     read(file, 0, [buffers[0]])

@@ -22,11 +22,14 @@ from everstep.store.reads import copy
 Result = TypeVar("Result")
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-THREADS = min(max(CORES, 4), 8)
-"""Some wait for the store while others digest: more than one a core, and a few where there is but one."""
+THREADS = min(CORES + 4, 12)
+"""Some wait for the store while others digest."""
 
 SPAN_BYTES = 16 * 1024 * 1024
-"""Neighbours in a pack are read with one call, up to this size."""
+"""Neighbours in a pack are read with one call, up to this size: so much memory each thread takes."""
+
+STRAIGHT_BYTES = 4 * SPAN_BYTES
+"""The same for those that are read straight to where they belong, which takes no memory."""
 
 BASES_BYTES = 32 * 1024 * 1024
 """So much of what xor encodings build on is kept while a fill lasts, for others that build on it too."""
@@ -283,12 +286,14 @@ def jobs_of(manifest: Manifest, targets: Iterable[Target]) -> list[Job]:
 
 
 def _spans(jobs: list[Job]) -> list[list[Job]]:
-    """Jobs of one pack, those that lie one after the other together."""
+    """Jobs of one pack, those that lie one after the other and are read alike together."""
     spans: list[list[Job]] = []
     end = size = 0
     for job in sorted(jobs, key=lambda job: job.place.offset):
         stored = aligned(job.place.stored_bytes)
-        if spans and job.place.offset == end and size + stored <= SPAN_BYTES:
+        alike = spans and spans[-1][-1].in_place == job.in_place
+        limit = STRAIGHT_BYTES if job.in_place else SPAN_BYTES
+        if alike and job.place.offset == end and size + stored <= limit:
             spans[-1].append(job)
             size += stored
         else:
