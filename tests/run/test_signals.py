@@ -145,13 +145,17 @@ def test_a_signal_to_the_whole_group(tmp_path: Path, loop: str) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None
-    said_first = {process.stdout.readline() for _ in range(4 if loop == "locked" else 3)}
-    assert said_first == {"step 1\n", "step 2\n", "step 3\n"} | (
-        {"holds it\n"} if loop == "locked" else set()
-    )
-    if loop != "busy":
-        os.killpg(process.pid, signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 143, said
+    try:
+        assert process.stdout is not None
+        said_first = {process.stdout.readline() for _ in range(4 if loop == "locked" else 3)}
+        assert said_first == {"step 1\n", "step 2\n", "step 3\n"} | (
+            {"holds it\n"} if loop == "locked" else set()
+        )
+        if loop != "busy":
+            os.killpg(process.pid, signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 143, said
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert Chain(tmp_path / "run").find("head").step == 3
