@@ -229,7 +229,7 @@ def sealed_body(body: Any) -> bytes:
 
 
 @pytest.mark.parametrize("one", SEALED, ids=lambda one: type(one).__name__)
-@pytest.mark.parametrize("number", [2, 1000, 2**100])
+@pytest.mark.parametrize("number", [3, 1000, 2**100])
 def test_a_newer_format_is_unsupported(one: SealedRecord, number: int) -> None:
     """Whatever else is in it."""
     for body in ({**body_of(one), "format": number}, {"format": number}, {"format": number, "at": [7]}):
