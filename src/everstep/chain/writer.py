@@ -167,8 +167,7 @@ class Writer:
         if not any(names & manifest.packs.keys() for manifest in self._recent):
             return
         self._relocations.look()
-        listed = (entry.key.rpartition("/")[2] for entry in self.chain.store.list(keys.PACKS))
-        there = set(listed) - names - self._doomed.names
+        there = self._packs_there() - names - self._doomed.names
         found = [
             self._relocations.table.without(manifest, lambda pack: pack not in there)
             if names & manifest.packs.keys()
@@ -303,12 +302,20 @@ class Writer:
         """Look whether somebody prunes, or has pruned, what this snapshot relies on. All of it that is new is
         put by now, so that a prune that begins after this finds it and spares what it needs."""
         news = self._doomed.look()
-        needed = {name: keys.manifest(name), **{pack: keys.pack(pack) for pack in manifest.packs}}
-        taken = needed.keys() & self._doomed.names
+        taken = {name, *manifest.packs} & self._doomed.names
         if news:
-            taken |= {one for one, key in needed.items() if not exists(self.chain.store, key)}
+            there = self._packs_there()
+            # What later snapshots might have shared, too: nothing tells of it once more.
+            self.forget_packs({pack for one in self._recent for pack in one.packs} - there)
+            taken |= manifest.packs.keys() - there
+            if not exists(self.chain.store, keys.manifest(name)):
+                taken.add(name)
         if taken:
             raise _Pruned(taken, memory)
+
+    def _packs_there(self) -> set[str]:
+        """By one listing."""
+        return {entry.key.rpartition("/")[2] for entry in self.chain.store.list(keys.PACKS)}
 
     # -- manifest, snapshot, head -------------------------------------------------------------------------
 
