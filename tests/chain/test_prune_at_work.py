@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
+from bench import prune_kills
 from making import Content, content, restored, started
 
 from everstep.chain import lease, prune
@@ -26,7 +27,10 @@ from everstep.format.manifest import Manifest
 from everstep.format.record import RelocationRecord, TagRecord
 from everstep.store.base import Buffer, Entry, Store
 from everstep.store.memory import MemoryStore
+from everstep.store.objects import ObjectStore
 from everstep.testing.faults import READS, WRITES, Died, FaultyStore
+from servers.fixtures import Bucket
+from servers.running import S3
 
 DEADLINE_S = 120.0
 LAST = Keep.parse("last 1")
@@ -551,3 +555,15 @@ def test_a_prune_that_was_stopped_for_a_day_stops() -> None:
     announced.check()
     with pytest.raises(Conflict, match="stopped for too long"):
         announced.check()
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_killed_at_random_operations_on_a_real_object_store(ceph: S3, bucket: Bucket) -> None:
+    """`python -m bench.prune_kills` does the same a hundred times."""
+    url = bucket(ceph)
+    outcome = prune_kills.campaign(lambda number: ObjectStore(f"{url}/{number}"), 12, 5, lambda line: None)
+    assert outcome.violations == []
+    assert outcome.kills == 12
+    assert outcome.operations > 100
+    assert outcome.copied_bytes > 0
