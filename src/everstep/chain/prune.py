@@ -54,6 +54,22 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Second:
+    """The look that follows when a prune was announced.
+
+    Attributes:
+        at: when that was, by the store's clock, in seconds since 1970.
+        nonce: that of its record.
+        only: no more than these keys may go: a head record that has come since stays, also where the policy
+            would not keep what it lists, and so does all that it needs.
+    """
+
+    at: float
+    nonce: str
+    only: Collection[str]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is to go.
 
@@ -64,8 +80,7 @@ class Plan:
         more: whether this is a part, and another plan has to follow.
         mine: the lease of who prunes, if it has one.
         dead: leases of dead processes of this machine, which are to be fenced before anything goes.
-        again: makes the same plan once more, at a time by the store's clock, for the prune whose record has
-            this nonce.
+        again: makes the same plan once more, for a second look.
         moves: the packs that are given up after that, where one repacks.
     """
 
@@ -75,7 +90,7 @@ class Plan:
     more: bool
     mine: Lease | None
     dead: tuple[Holding, ...]
-    again: Callable[[float, str], Plan] = field(repr=False, compare=False)
+    again: Callable[[Second], Plan] = field(repr=False, compare=False)
     moves: tuple[Move, ...] = ()
 
     @property
@@ -127,7 +142,7 @@ def consider(
     census: Census | None = None,
     repack: Repack | None = None,
     now: float | None = None,
-    nonce: str = "",
+    second: Second | None = None,
 ) -> Plan:
     """What is to go. Reads the chain and changes nothing.
 
@@ -139,9 +154,9 @@ def consider(
         census: what it has read before need not be read again.
         repack: when packs of which something is needed are given up, too; None: never. Then all that the
             manifests which stay say has to be looked at.
-        nonce: that of the record of one's own prune, once there is one.
         now: by the store's clock, in seconds since 1970; by this machine's where it is not given: good enough
             to look, not to delete (`execute` asks the store).
+        second: where it is asked once more.
 
     Raises:
         Damaged: something that stays cannot be read, so that it is not known what it needs: nothing may go.
@@ -149,10 +164,12 @@ def consider(
     """
     census = census or Census(chain)
     again = partial(consider, chain, keep, branches=branches, window_s=window_s, mine=mine, census=census)
+    if second is not None:
+        now = second.at
     for _ in range(MAX_LOOKS):
-        look = _Look(census, mine, time.time() if now is None else now, nonce, repack)
+        look = _Look(census, mine, time.time() if now is None else now, second, repack)
         try:
-            return _planned(look, keep, branches, window_s, lambda at, nonce: again(now=at, nonce=nonce))
+            return _planned(look, keep, branches, window_s, lambda second: again(second=second))
         except Damaged:
             if look.is_still_so():
                 raise
@@ -168,7 +185,7 @@ def _planned(
     keep: Keep,
     branches: Collection[str] | None,
     window_s: float,
-    again: Callable[[float, str], Plan],
+    again: Callable[[Second], Plan],
 ) -> Plan:
     reasons = staying(look.lines, keep, tags=look.tags, now=look.now, window_s=window_s, branches=branches)
     going = look.going(reasons, branches)
@@ -263,7 +280,7 @@ def _still_going(chain: Chain, plan: Plan, announced: Announced) -> dict[str, in
             plan.mine.check()
         for one in plan.dead:
             _bury(chain, one, plan.mine)
-        left = plan.again(announced.at, announced.nonce).sizes
+        left = plan.again(Second(announced.at, announced.nonce, plan.sizes.keys())).sizes
     except EverstepError:
         announced.finish()
         raise
@@ -288,11 +305,17 @@ class _Look:
     its head record, and what it wrote before its head is listed last."""
 
     def __init__(
-        self, census: Census, mine: Lease | None, now: float, nonce: str, repack: Repack | None
+        self,
+        census: Census,
+        mine: Lease | None,
+        now: float,
+        second: Second | None,
+        repack: Repack | None,
     ) -> None:
         self.census = census
         self.mine = mine
         self.now = now
+        self.second = second
         self.repack = repack
         store = census.chain.store
         leases = Leases(store)
@@ -301,6 +324,7 @@ class _Look:
         # What was relocated counts where it cannot be deleted by somebody who does not know of that.
         census.relocations.look()
         self.table = census.relocations.table
+        nonce = second.nonce if second is not None else ""
         doomed = doomed_by_others(store, nonce, now) if self.table.keys else frozenset()
         self.entries = {
             entry.key: entry
@@ -337,6 +361,8 @@ class _Look:
             if branches is not None and branch not in branches:
                 continue
             for one in reversed(advances):
+                if self.second is not None and one.key not in self.second.only:
+                    continue
                 if one.listed is not None and one.listed.id not in reasons:
                     found.append(one)
                 elif one.damage is not None:
@@ -353,7 +379,7 @@ class _Look:
         reasons: Mapping[str, tuple[str, ...]],
         branches: Collection[str] | None,
         going: Sequence[Advance],
-        again: Callable[[float, str], Plan],
+        again: Callable[[Second], Plan],
     ) -> Plan:
         self._refuse_damaged_relocations()
         doomed = {one.listed.id: one.listed for one in going if one.listed is not None and not one.damage}
@@ -369,9 +395,10 @@ class _Look:
         old, dead = self._old(needed, doomed)
         # Of packs that were given up, and of those that came instead, no writer is putting any.
         ours = {*map(keys.pack, self.table.sources | self.table.targets.keys()), *self.table.keys}
-        for one in doomed.values():
-            if one.listed_at >= old:
-                ours |= self._ours(one)
+        young = [one for one in doomed.values() if one.listed_at >= old]
+        self.census.read_ahead([one.id for one in young], closely=False)
+        for one in young:
+            ours |= self._ours(one)
         for key, entry in self.entries.items():
             if (
                 key.startswith(keys.SNAPSHOTS)

@@ -82,9 +82,10 @@ class LocalStore:
 
     def get(self, key: str, start: int = 0, size_bytes: int | None = None) -> Buffer:
         try:
-            left = max(os.stat(self._path(key)).st_size - start, 0)
+            path = str(self._path(key))
+            left = max(os.stat(path).st_size - start, 0)
             data = bytearray(left if size_bytes is None else min(size_bytes, left))
-            count = read(self._path(key), start, [memoryview(data)])
+            count = read(path, start, [memoryview(data)])
             return data if count == len(data) else data[:count]
         except OSError as error:
             raise self._translated(error, key, "read") from error
