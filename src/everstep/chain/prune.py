@@ -412,8 +412,7 @@ class _Look:
         gone = {
             key: entry.size_bytes
             for key, entry in self.entries.items()
-            if key not in needed
-            and (key in ours or (entry.modified_at < old and not key.startswith(keys.RELOCATIONS)))
+            if key not in needed and (key in ours or entry.modified_at < old)
         }
         heads = {one.key: one.size_bytes for one in going}
         return Plan(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everstep.cli import output
-from everstep.cli.options import Json, Repo, chain_url
+from everstep.cli.options import Json, Repo, UnsafeSingleWriter, chain_url, writable_chain
 from everstep.errors import Mismatch
 from everstep.events import size
 from everstep.format import keys
@@ -38,19 +38,19 @@ def prune(
     branch: Annotated[str | None, _OF_BRANCH] = None,
     repack: Annotated[bool, _REPACK] = True,
     max_unused: Annotated[str, _MAX_UNUSED] = "10%",
+    unsafe_single_writer: UnsafeSingleWriter = False,
     repo: Repo = None,
     as_json: Json = False,
 ) -> None:
     """Delete the snapshots that a policy does not keep, and what nothing needs any more."""
     from everstep.chain.census import Census
-    from everstep.chain.history import Chain
     from everstep.chain.prune import GRACE_S, Repack, consider
     from everstep.chain.prune import prune as delete
     from everstep.chain.retention import EXAMPLE, Keep
 
     giving_up = Repack(_share(max_unused)) if repack else None
     url = chain_url(context, repo)
-    chain = Chain(url)
+    chain = writable_chain(context, repo, unsafe_single_writer)
     if keep is None:
         raise Mismatch(
             "no policy says which snapshots stay, and none is stored with a chain",
