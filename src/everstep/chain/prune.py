@@ -409,10 +409,13 @@ class _Look:
                 # Of a writer at work, perhaps: all that it is about to commit is put.
                 records |= self._need_readable(key.removeprefix(keys.SNAPSHOTS), reached)
         needed = records | reached.keys()
+        # Where a pack is missing, one that nothing names may be where its chunks were copied to.
+        lacking = any(keys.pack(name) not in self.entries for name in reached.packs)
         gone = {
             key: entry.size_bytes
             for key, entry in self.entries.items()
-            if key not in needed and (key in ours or entry.modified_at < old)
+            if key not in needed
+            and (key in ours or (entry.modified_at < old and not (lacking and key.startswith(keys.PACKS))))
         }
         heads = {one.key: one.size_bytes for one in going}
         return Plan(
