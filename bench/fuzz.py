@@ -42,10 +42,13 @@ from everstep.format.record import (
     HeadRecord,
     LeaseRecord,
     Move,
+    NewPack,
     Origin,
     PruneRecord,
+    RelocationRecord,
     SealedRecord,
     SnapshotRecord,
+    Spot,
     StepRecord,
     TagRecord,
 )
@@ -149,6 +152,13 @@ def _sealed() -> list[SealedRecord]:
         LeaseRecord("host", "boot", pid=4242, started=99, nonce=NONCE, at=AT, number=1, branch="main"),
         PruneRecord(
             (digest,), (digest,), (digest,), "host", "boot", 4242, 99, nonce=NONCE, begun_at=AT, number=1
+        ),
+        RelocationRecord(
+            (NewPack(digest, 1 << 20),),
+            {digest: (Spot(0, 0, 4096), Spot(8192, 0, 0))},
+            nonce=NONCE,
+            at=AT,
+            number=1,
         ),
     ]
 

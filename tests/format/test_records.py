@@ -21,10 +21,13 @@ from everstep.format.record import (
     HeadRecord,
     LeaseRecord,
     Move,
+    NewPack,
     Origin,
     PruneRecord,
+    RelocationRecord,
     SealedRecord,
     SnapshotRecord,
+    Spot,
     StepRecord,
     TagRecord,
 )
@@ -59,6 +62,8 @@ snapshots = st.builds(
     costs=st.dictionaries(texts, st.floats(0, 1e9), max_size=4),
     origin=st.none() | st.builds(Origin, chain=texts, url=texts, snapshot=digests, step=counts),
 )
+offsets = st.integers(0, (1 << 28) - 1).map(lambda number: 4096 * number)
+spots = st.builds(Spot, at=offsets, pack=st.integers(0, 1), offset=offsets)
 sealed = (
     st.builds(
         ChainRecord, chain=texts, created_at=texts, grid_bytes=st.integers(4096, 1 << 26), format=st.just(1)
@@ -109,6 +114,15 @@ sealed = (
         begun_at=texts,
         number=ordinals,
         format=st.just(1),
+    )
+    | st.builds(
+        RelocationRecord,
+        packs=st.just((NewPack("cd" * 32, 1 << 40), NewPack("ef" * 32, 1 << 40))),
+        moved=st.dictionaries(digests, st.lists(spots, max_size=3).map(tuple), max_size=3),
+        nonce=texts,
+        at=texts,
+        number=ordinals,
+        format=st.just(2),
     )
 )
 step_records = st.builds(
@@ -291,7 +305,7 @@ def test_a_sealed_record_has_one_form(one: SealedRecord) -> None:
 def elsewhere() -> list[tuple[SealedRecord, SealedRecord]]:
     """Pairs of records of one kind that differ in nothing but where they belong."""
     replace = msgspec.structs.replace
-    _, head, tag, gone, lease, branch_lease, prune, fence = SEALED
+    _, head, tag, gone, lease, branch_lease, prune, fence, _, relocation = SEALED
     return [
         (head, replace(head, number=2)),
         (head, replace(head, branch="other")),
@@ -305,6 +319,7 @@ def elsewhere() -> list[tuple[SealedRecord, SealedRecord]]:
         (branch_lease, replace(branch_lease, number=3)),
         (prune, replace(prune, number=2)),
         (fence, replace(fence, number=3)),
+        (relocation, replace(relocation, number=2)),
     ]
 
 

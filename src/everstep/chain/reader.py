@@ -157,7 +157,8 @@ class Reader:
         fresh = sorted(by_pack.keys() - self._seen)
         self._seen.update(fresh)
         sizes = {**self._relocations.table.targets, **manifest.packs}
-        tasks += [partial(self._check_tail, name, sizes[name]) for name in fresh]
+        # Of one whose record has just been pruned the size is not known any more.
+        tasks += [partial(self._check_tail, name, sizes[name]) for name in fresh if name in sizes]
         return in_parallel(tasks, THREADS)
 
     def chunk(self, manifest: Manifest, name: str, depth: int = 0) -> Buffer:
