@@ -42,10 +42,13 @@ from everstep.format.record import (
     HeadRecord,
     LeaseRecord,
     Move,
+    NewPack,
     Origin,
     PruneRecord,
+    RelocationRecord,
     SealedRecord,
     SnapshotRecord,
+    Spot,
     StepRecord,
     TagRecord,
 )
@@ -149,6 +152,13 @@ def _sealed() -> list[SealedRecord]:
         LeaseRecord("host", "boot", pid=4242, started=99, nonce=NONCE, at=AT, number=1, branch="main"),
         PruneRecord(
             (digest,), (digest,), (digest,), "host", "boot", 4242, 99, nonce=NONCE, begun_at=AT, number=1
+        ),
+        RelocationRecord(
+            (NewPack(digest, 1 << 20),),
+            {digest: (Spot(0, 0, 4096), Spot(8192, 0, 0))},
+            nonce=NONCE,
+            at=AT,
+            number=1,
         ),
     ]
 
@@ -326,7 +336,7 @@ HOSTILE = [
     0, -1, 1, 2, 255, 256, 4095, 4097, 2**31, 2**32, 2**53 + 1, 2**62, 2**62 + 1, 2**63, 2**64, 10**400,
     -(2**63), 0.5, 1e308, -0.0, None, True, False, "", "x", "nan", "\x00", "ü\U0001f682", "x" * 5000,
     "0" * 64, "f" * 64, "F" * 64, "../../etc/passwd", "0x1p99999", "0x1p0", [], {}, [[]], [0] * 70, {"a": 1},
-    "\u2603 deep", "float32", "numpy:<f8", "numpy:<U999999", "AAAA", "====", {"format": 2},
+    "\u2603 deep", "float32", "numpy:<f8", "numpy:<U999999", "AAAA", "====", {"format": 3},
 ]  # fmt: skip
 
 

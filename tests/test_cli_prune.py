@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,60 @@ def test_stats(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "leaf" not in shown
     assert "prune --keep 'last 1' would free" in shown
     assert run("-r", repo, "stats", "-n", "few") == 2
+
+
+PAIR = lay_out([Slice(name, "uint8", (1 << 21,), (0,), (1 << 21,)) for name in ("same", "other")])
+
+
+@pytest.fixture
+def half_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two snapshots of two leaves, of which the second has changed one."""
+    monkeypatch.setattr(prune, "GRACE_S", 0.0)
+    chain = Chain.create(tmp_path / "chain")
+    writer = Writer(chain, Lease.take(chain.store))
+    rng = random.Random(1)
+    arena = memoryview(bytearray(rng.randbytes(PAIR.arena_bytes)))
+    for step in (1, 2):
+        writer.write(Captured.whole(PAIR, memoryview(bytes(arena)), values.encode({})), Facts(step=step))
+        arena[PAIR.regions[1].offset :] = rng.randbytes(PAIR.regions[1].size_bytes)
+    writer.lease.release()
+    return tmp_path / "chain"
+
+
+def test_it_repacks_where_that_frees_enough(half_dead: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("-r", half_dead, "prune", "--keep", "last 1")
+    assert json_of(capsys, *asked, "--dry-run", "--no-repack")["repacking"] == []
+    assert json_of(capsys, *asked, "--dry-run", "--max-unused", "60%")["repacking"] == []
+    planned = json_of(capsys, *asked, "--dry-run")
+    assert len(planned["repacking"]) == 1
+    assert 2_000_000 < planned["repacked_bytes"] < 2_200_000
+    found = json_of(capsys, "-r", half_dead, "stats", "--keep", "last 1")["prune"]
+    assert found["freed_bytes"] == planned["planned_bytes"] + planned["repacked_bytes"]
+    assert run(*asked, "--dry-run") == 0
+    assert "1 pack to repack, of which 2.1 MB is needed, 2.1 MB more" in capsys.readouterr().out
+    before = sum(one.stat().st_size for one in half_dead.rglob("packs/*/*"))
+    assert run(*asked) == 0
+    assert "2.1 MB copied, 2.1 MB freed" in capsys.readouterr().out
+    after = sum(one.stat().st_size for one in half_dead.rglob("packs/*/*"))
+    assert before - after == planned["repacked_bytes"]
+    assert verify(Chain(half_dead)).findings == []
+    assert run("-r", half_dead, "dump", f"relocations/{2**64 - 2:016x}") == 0
+    assert json.loads(capsys.readouterr().out)["moved"].keys() == set(planned["repacking"])
+    assert json_of(capsys, *asked)["deleted"] == []
+
+
+@pytest.mark.parametrize("share", ["much", "-1%", "101%", "nan"])
+def test_a_share_that_is_none(half_dead: Path, share: str) -> None:
+    assert run("-r", half_dead, "prune", "--keep", "last 1", "--max-unused", share) == 2
+
+
+def test_what_cannot_be_repacked_is_told(half_dead: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (name,) = json_of(capsys, "-r", half_dead, "prune", "--keep", "last 1", "--dry-run")["repacking"]
+    path = half_dead / keys.pack(name)
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    assert run("-r", half_dead, "prune", "--keep", "last 1") == 0
+    assert f"packs/{name[:2]}/{name} was not repacked" in capsys.readouterr().err
+    assert path.exists()

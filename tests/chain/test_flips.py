@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import time
@@ -7,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
@@ -23,9 +25,11 @@ from making import (
     xor_chain,
 )
 
+from everstep.chain import prune, reader
 from everstep.chain.encoding import Always
 from everstep.chain.history import Chain, now
 from everstep.chain.reader import Reader
+from everstep.chain.retention import Keep
 from everstep.chain.steplog import JOURNAL, StepLog
 from everstep.chain.verify import Finding, Report, verify
 from everstep.chain.writer import Facts
@@ -41,6 +45,9 @@ from everstep.store.local import LocalStore
 from everstep.store.memory import MemoryStore
 
 FLIPS = 1000
+MEMORY = Path("/dev/shm")
+"""A directory in memory, where there is such."""
+
 READ = (keys.CHAIN, keys.PACKS, keys.MANIFESTS, keys.SNAPSHOTS, keys.HEADS)
 """What a restore reads."""
 
@@ -79,10 +86,17 @@ def make(root: Path) -> Chain:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("flips") / "chain"
-    make(place)
-    return place
+def root() -> Iterator[Path]:
+    with TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else None) as directory:
+        place = Path(directory) / "chain"
+        make(place)
+        yield place
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To start others takes longer than what they would read."""
+    monkeypatch.setattr(reader, "THREADS", 1)
 
 
 @pytest.fixture
@@ -209,6 +223,39 @@ def test_every_flipped_bit_is_found(root: Path, chain: Chain, capsys: pytest.Cap
         print(", ".join(f"{kind} {seen} {n}" for (kind, seen), n in sorted(classes.items())), end=" ")
     assert {kind for kind, _ in classes} == {kind_of(key) for key in data}
     assert verify(chain).findings == []
+
+
+@pytest.mark.slow
+def test_every_flipped_bit_is_found_where_chunks_were_relocated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prune, "GRACE_S", -10.0)
+    with TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else None) as directory:
+        root = Path(directory) / "chain"
+        chain = make(root)
+        keep, repack = Keep.parse("last 3"), prune.Repack(0.0, 1)
+        assert sum(done.copied_bytes for done in prune.prune(chain, keep, repack=repack))
+        data = files_of(root)
+        assert {kind_of(key) for key in data} >= {"relocations", "prunes"}
+        assert restore_all(root) == ([], [], [4, 3, 2])
+        rng = random.Random(12)
+        (relocation,) = [key for key in data if key.startswith(keys.RELOCATIONS)]
+        everywhere = rng.choices(list(data), [len(one) for one in data.values()], k=FLIPS // 10)
+        for key in [*everywhere, *data, *[relocation] * 40]:
+            bit = rng.randrange(8 * len(data[key]))
+            damaged = bytearray(data[key])
+            damaged[bit // 8] ^= 1 << bit % 8
+            with changed(root, {key: bytes(damaged)}):
+                report = verify(chain)
+                errors, _, steps = restore_all(root)
+            assert key in {one.key for one in report.findings}, f"bit {bit} of {key} was not found"
+            named = {id for one in report.findings for id in one.snapshots}
+            lost = {snapshot.id for snapshot in chain.snapshots() if snapshot.step not in steps}
+            assert lost <= named, f"bit {bit} of {key}"
+            if key == relocation:
+                assert errors
+                assert_named(report, key)
+        assert verify(chain).findings == []
 
 
 def test_a_flip_in_a_chunk_names_the_snapshots_that_need_it(root: Path, chain: Chain) -> None:

@@ -482,3 +482,30 @@ def test_all_records_of_a_snapshot_that_stays_stay() -> None:
     assert [point.number for point in chain.points()] == [8, 7, 3, 2, 1]
     assert_restores(chain, chain.find("head"), STATES[2])
     assert stored(chain) == reachable(chain)
+
+
+def test_a_writer_forgets_all_that_was_pruned_and_not_only_what_it_needed_next() -> None:
+    """A state that comes back after another one was taken, which needed nothing of what had gone."""
+    writer = started(MemoryStore())
+    first, second = content(1), content(2)
+    written(writer, [first, second])
+    for _ in prune.prune(writer.chain, Keep.parse("last 1")):
+        pass
+    third = second.changed(random.Random(6), "count")
+    for shot, state in zip(written(writer, [third, first], 3), (third, first), strict=True):
+        assert_restores(writer.chain, shot, state)
+    assert verify(writer.chain).findings == []
+
+
+def test_what_was_listed_since_the_plan_keeps_what_it_needs_although_the_policy_would_not_keep_it() -> None:
+    writer = started(MemoryStore())
+    chain = writer.chain
+    first, second = content(1), content(2)
+    written(writer, [first, second])
+    plan = prune.consider(chain, Keep.parse("last 1"))
+    between, newest = written(writer, [first, second], 3)
+    prune.execute(chain, plan)
+    assert [one.step for one in chain.snapshots()] == [4, 3, 2]
+    assert_restores(chain, between, first)
+    assert_restores(chain, newest, second)
+    assert verify(chain).findings == []

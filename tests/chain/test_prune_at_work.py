@@ -10,24 +10,31 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
+from bench import prune_kills
 from making import Content, content, restored, started
 
 from everstep.chain import lease, prune
 from everstep.chain.doomed import refuse_doomed
 from everstep.chain.history import Chain, Snapshot, now
 from everstep.chain.lease import Lease
+from everstep.chain.prune import Repack
 from everstep.chain.retention import Keep
 from everstep.chain.verify import verify
 from everstep.chain.writer import Facts, Writer
 from everstep.errors import Conflict, Damaged, Fenced, NotFound
 from everstep.format import keys, record
-from everstep.format.record import TagRecord
+from everstep.format.manifest import Manifest
+from everstep.format.record import RelocationRecord, TagRecord
 from everstep.store.base import Buffer, Entry, Store
 from everstep.store.memory import MemoryStore
+from everstep.store.objects import ObjectStore
 from everstep.testing.faults import READS, WRITES, Died, FaultyStore
+from servers.fixtures import Bucket
+from servers.running import S3
 
 DEADLINE_S = 120.0
 LAST = Keep.parse("last 1")
+REPACK = Repack(max_unused=0.0, worth_bytes=1)
 ALL = READS | WRITES
 
 
@@ -35,6 +42,12 @@ ALL = READS | WRITES
 def _all_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if hours lay between any two things that happen."""
     monkeypatch.setattr(prune, "GRACE_S", -10.0)
+
+
+def pruned(chain: Chain, keep: Keep = LAST) -> None:
+    """An outsider's prune, which gives up every pack of which anything is dead."""
+    for _ in prune.prune(chain, keep, repack=REPACK):
+        pass
 
 
 class Through:
@@ -132,8 +145,7 @@ class World:
     def assert_clean(self) -> None:
         """What is unreachable is gone, when nobody is at work any more."""
         self.release()
-        for _ in prune.prune(self.chain, LAST):
-            pass
+        pruned(self.chain)
         self.assert_whole()
         chain = self.chain
         assert {branch: len(list(chain.snapshots(branch))) for branch in chain.branches()}.keys() == {
@@ -147,9 +159,28 @@ class World:
         for id in ids:
             snapshot = chain.snapshot(id)
             needed |= {keys.snapshot(id), *map(keys.manifest, snapshot.record.manifests)}
-            needed |= set(map(keys.pack, chain.manifest(snapshot).packs))
-        kinds = (keys.SNAPSHOTS, keys.MANIFESTS, keys.PACKS)
+            needed |= self._needed_of_packs(chain.manifest(snapshot))
+        kinds = (keys.SNAPSHOTS, keys.MANIFESTS, keys.PACKS, keys.RELOCATIONS)
         assert {entry.key for entry in self.store.list() if entry.key.startswith(kinds)} == needed
+
+    def _needed_of_packs(self, manifest: Manifest) -> set[str]:
+        """The packs in which a reader finds its chunks, and the relocation records that say so: an oracle of
+        its own."""
+        there = {entry.key for entry in self.store.list(keys.PACKS)}
+        newest_first = [
+            (entry.key, record.unseal(self.store.get(entry.key), RelocationRecord, entry.key))
+            for entry in self.store.list(keys.RELOCATIONS)
+        ]
+        found: set[str] = set()
+        for place in manifest.places:
+            spots = (
+                {keys.pack(one.packs[spot.pack].name), key}
+                for key, one in newest_first
+                for spot in one.moved.get(place.pack, ())
+                if spot.at == place.offset and keys.pack(one.packs[spot.pack].name) in there
+            )
+            found |= next(spots, {keys.pack(place.pack)})
+        return found
 
 
 def tag(chain: Chain, name: str, id: str) -> bool:
@@ -169,8 +200,7 @@ def tag(chain: Chain, name: str, id: str) -> bool:
 def operations_of_a_prune() -> int:
     world = World.begin()
     store = FaultyStore(world.store, verbs=ALL)
-    for _ in prune.prune(Chain(store), LAST):
-        pass
+    pruned(Chain(store))
     return store.count
 
 
@@ -186,8 +216,7 @@ def prune_with(world: World, at: int, act: Callable[[], None], dies_at: int | No
 
     store = FaultyStore(Through(world.store, ask), dies_at, verbs=ALL)
     with suppress(Died):
-        for _ in prune.prune(Chain(store), LAST):
-            pass
+        pruned(Chain(store))
 
 
 @pytest.mark.slow
@@ -229,8 +258,7 @@ def test_killed_at_any_operation_with_writers_at_work_and_done_again() -> None:
         world.assert_whole()
         world.take(world.main, 6)
         world.assert_whole()
-        for _ in prune.prune(world.chain, LAST):
-            pass
+        pruned(world.chain)
         world.take(world.other, 7)
         world.assert_whole()
         world.assert_clean()
@@ -248,8 +276,7 @@ def test_a_prune_between_any_two_operations_of_a_commit() -> None:
             nonlocal counted
             counted += 1
             if counted == at + 1:
-                for _ in prune.prune(world.chain, LAST):
-                    pass
+                pruned(world.chain)
 
         writer = through(world.main, Through(world.store, ask))
         world.main = writer
@@ -318,8 +345,7 @@ def in_any_order(world: World, seed: int) -> list[BaseException]:
         setattr(world, name, mine)
 
     def delete(name: str) -> None:
-        for _ in prune.prune(Chain(stores[name]), LAST):
-            pass
+        pruned(Chain(stores[name]))
 
     def work(name: str, do: Callable[[], None]) -> None:
         try:
@@ -487,6 +513,37 @@ def test_a_prune_that_was_stopped_anywhere_goes_on_and_harms_nobody(monkeypatch:
     assert at > 20
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("mine", "others"), [("last 1", "last 3"), ("last 3", "last 1")])
+def test_one_that_repacks_was_stopped_anywhere_while_another_did(mine: str, others: str) -> None:
+    """They do not agree about what stays, and writers go on between any two operations of the first."""
+    at = 0
+    while True:
+        world = World.begin()
+        stopped = Stopped(world.store, at)
+
+        def repack(store: Store = stopped.store) -> None:
+            pruned(Chain(store), Keep.parse(mine))
+
+        if not stopped.begin(repack):
+            stopped.go_on()
+            assert stopped.error is None
+            break
+        world.take(world.other, 6)
+        pruned(world.chain, Keep.parse(others))
+        world.assert_whole()
+        world.take(world.main, 7)
+        stopped.go_on()
+        assert stopped.error is None, (at, stopped.error)
+        world.assert_whole()
+        world.take(world.main, 8)
+        world.take(world.other, 9)
+        world.assert_whole()
+        world.assert_clean()
+        at += 1
+    assert at > 50
+
+
 def test_a_prune_that_was_stopped_for_a_day_stops() -> None:
     world = World.begin()
     clock = iter([0.0, 10.0, 2 * 24 * 3600.0])
@@ -498,3 +555,21 @@ def test_a_prune_that_was_stopped_for_a_day_stops() -> None:
     announced.check()
     with pytest.raises(Conflict, match="stopped for too long"):
         announced.check()
+
+
+@pytest.mark.slow
+def test_killed_at_random_operations_while_others_work_in_threads() -> None:
+    outcome = prune_kills.campaign(lambda number: MemoryStore(), 40, 3, lambda line: None)
+    assert outcome.violations == []
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_killed_at_random_operations_on_a_real_object_store(ceph: S3, bucket: Bucket) -> None:
+    """`python -m bench.prune_kills` does the same a hundred times."""
+    url = bucket(ceph)
+    outcome = prune_kills.campaign(lambda number: ObjectStore(f"{url}/{number}"), 8, 5, lambda line: None)
+    assert outcome.violations == []
+    assert outcome.kills == 8
+    assert outcome.operations > 100
+    assert outcome.copied_bytes > 0

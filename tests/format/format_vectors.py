@@ -27,9 +27,12 @@ from everstep.format.record import (
     ChainRecord,
     HeadRecord,
     LeaseRecord,
+    NewPack,
     PruneRecord,
+    RelocationRecord,
     SealedRecord,
     SnapshotRecord,
+    Spot,
     StepRecord,
     TagRecord,
 )
@@ -175,6 +178,24 @@ def sealed_records(snapshot: str) -> dict[str, SealedRecord]:
         keys.numbered(keys.head("main"), 2): HeadRecord(
             snapshot, step=7, writer=2, nonce=NONCE, at=AT, branch="main", number=2, fence=True
         ),
+        keys.numbered(keys.head("main"), 3): HeadRecord(
+            snapshot,
+            step=7,
+            writer=2,
+            nonce=NONCE,
+            at=AT,
+            branch="main",
+            number=3,
+            format=2,
+            fence=True,
+        ),
+        keys.numbered(keys.RELOCATIONS, 1): RelocationRecord(
+            (NewPack("cd" * 32, 3 * 4096),),
+            {a_pack()[0]: (Spot(0, 0, 4096), Spot(4096, 0, 0))},
+            nonce=NONCE,
+            at=AT,
+            number=1,
+        ),
     }
 
 
@@ -258,6 +279,7 @@ def made() -> dict[str, Any]:
             {"what": "the snapshot below", "key": keys.snapshot(snapshot_name)},
             {"what": "lease 3 of branch main", "key": keys.numbered(keys.lease("main"), 3)},
             {"what": "prune 2", "key": keys.numbered(keys.PRUNES, 2)},
+            {"what": "relocation 2", "key": keys.numbered(keys.RELOCATIONS, 2)},
         ],
         "chunks": chunks,
         "footer": a_footer(chunks).hex(),

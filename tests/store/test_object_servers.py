@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from chain.making import GRID_BYTES, Content, content, restored
+from everstep import cli
 from everstep.chain.history import Chain
 from everstep.chain.lease import Lease
 from everstep.chain.verify import verify
@@ -131,6 +132,10 @@ def test_the_refuser_is_used_by_who_insists(refuser: S3, bucket: Bucket) -> None
     chain = Chain.create(open_store(url, unsafe_single_writer=True), GRID_BYTES)
     snapshot = Writer(chain, Lease.take(chain.store)).write(content(1).captured(), Facts(step=1))
     assert restored(Chain(url), snapshot)[0] == content(1)
+    for verb in (["tag", "good"], ["branch", "try"]):
+        assert cli.main(["-r", url, *verb]) == Unsupported.exit_code
+        assert cli.main(["-r", url, *verb, "--unsafe-single-writer"]) == 0
+    assert Chain(url).tags() == {"good": snapshot.id}
 
 
 # -- chains ------------------------------------------------------------------------------------------------

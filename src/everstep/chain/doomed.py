@@ -36,6 +36,7 @@ class Announced:
 
     Attributes:
         at: when, by the store's clock, in seconds since 1970.
+        nonce: that of its record.
         numbers: those of its records, the one that ends it included once there is one.
     """
 
@@ -43,6 +44,7 @@ class Announced:
         self, store: Store, mine: PruneRecord, at: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.at = at
+        self.nonce = mine.nonce
         self.numbers = [mine.number]
         self._store = store
         self._mine = mine
@@ -125,6 +127,17 @@ def _present(store: Store) -> list[tuple[Entry, PruneRecord | None]]:
         except Damaged:
             found.append((entry, None))
     return found
+
+
+def doomed_by_others(store: Store, mine: str, at: float) -> frozenset[str]:
+    """What prunes under way are about to delete, but that whose record has the nonce `mine`. `at` is by the
+    store's clock. One listing, and a read of each record."""
+    found = [
+        one.names
+        for entry, one in _present(store)
+        if one is not None and one.nonce != mine and not _is_over(one, at - entry.modified_at)
+    ]
+    return frozenset().union(*found)
 
 
 class Doomed:

@@ -18,16 +18,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from everstep.chain.census import Advance, Census
-from everstep.chain.doomed import Announced, announce
+from everstep.chain.doomed import Announced, announce, doomed_by_others
 from everstep.chain.fence import fence_former
-from everstep.chain.history import Chain
+from everstep.chain.history import SHORT, Chain
 from everstep.chain.lease import Holding, Lease, Leases
 from everstep.chain.names import is_object, segment_of
+from everstep.chain.reached import Reached
+from everstep.chain.repack import Move, Repack, chosen, relocate
 from everstep.chain.retention import Keep, Listed, staying
-from everstep.errors import Conflict, Damaged, EverstepError, Fenced
+from everstep.errors import Conflict, Damaged, EverstepError, Fenced, NotFound, Unsupported
 from everstep.format import keys
 
-__all__ = ["GRACE_S", "Done", "Keep", "Plan", "Row", "consider", "execute", "plan", "prune"]
+__all__ = ["GRACE_S", "Done", "Keep", "Plan", "Repack", "Row", "consider", "execute", "plan", "prune"]
 
 GRACE_S = 3600.0
 """Unreachable objects younger than this may belong to a snapshot that is just being written."""
@@ -52,6 +54,22 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Second:
+    """The look that follows when a prune was announced.
+
+    Attributes:
+        at: when that was, by the store's clock, in seconds since 1970.
+        nonce: that of its record.
+        only: no more than these keys may go: a head record that has come since stays, also where the policy
+            would not keep what it lists, and so does all that it needs.
+    """
+
+    at: float
+    nonce: str
+    only: Collection[str]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is to go.
 
@@ -62,7 +80,8 @@ class Plan:
         more: whether this is a part, and another plan has to follow.
         mine: the lease of who prunes, if it has one.
         dead: leases of dead processes of this machine, which are to be fenced before anything goes.
-        again: makes the same plan once more, at a time by the store's clock.
+        again: makes the same plan once more, for a second look.
+        moves: the packs that are given up after that, where one repacks.
     """
 
     sizes: Mapping[str, int]
@@ -71,7 +90,8 @@ class Plan:
     more: bool
     mine: Lease | None
     dead: tuple[Holding, ...]
-    again: Callable[[float], Plan] = field(repr=False, compare=False)
+    again: Callable[[Second], Plan] = field(repr=False, compare=False)
+    moves: tuple[Move, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -84,7 +104,13 @@ class Plan:
 
     @property
     def freed_bytes(self) -> int:
+        """By what is deleted; `moves` free more."""
         return sum(self.sizes.values())
+
+    @property
+    def repacked_bytes(self) -> int:
+        """What giving packs up frees, about."""
+        return sum(one.freed_bytes for one in self.moves)
 
     def names(self, prefix: str) -> list[str]:
         return [key.rpartition("/")[2] for key in self.sizes if key.startswith(prefix)]
@@ -114,7 +140,9 @@ def consider(
     window_s: float = 0.0,
     mine: Lease | None = None,
     census: Census | None = None,
+    repack: Repack | None = None,
     now: float | None = None,
+    second: Second | None = None,
 ) -> Plan:
     """What is to go. Reads the chain and changes nothing.
 
@@ -124,8 +152,11 @@ def consider(
         window_s: snapshots that were listed so short a time ago stay.
         mine: the lease of who asks, whose own writer is writing nothing now.
         census: what it has read before need not be read again.
+        repack: when packs of which something is needed are given up, too; None: never. Then all that the
+            manifests which stay say has to be looked at.
         now: by the store's clock, in seconds since 1970; by this machine's where it is not given: good enough
             to look, not to delete (`execute` asks the store).
+        second: where it is asked once more.
 
     Raises:
         Damaged: something that stays cannot be read, so that it is not known what it needs: nothing may go.
@@ -133,10 +164,12 @@ def consider(
     """
     census = census or Census(chain)
     again = partial(consider, chain, keep, branches=branches, window_s=window_s, mine=mine, census=census)
+    if second is not None:
+        now = second.at
     for _ in range(MAX_LOOKS):
-        look = _Look(census, mine, time.time() if now is None else now)
+        look = _Look(census, mine, time.time() if now is None else now, second, repack)
         try:
-            return _planned(look, keep, branches, window_s, lambda at: again(now=at))
+            return _planned(look, keep, branches, window_s, lambda second: again(second=second))
         except Damaged:
             if look.is_still_so():
                 raise
@@ -152,7 +185,7 @@ def _planned(
     keep: Keep,
     branches: Collection[str] | None,
     window_s: float,
-    again: Callable[[float], Plan],
+    again: Callable[[Second], Plan],
 ) -> Plan:
     reasons = staying(look.lines, keep, tags=look.tags, now=look.now, window_s=window_s, branches=branches)
     going = look.going(reasons, branches)
@@ -168,11 +201,14 @@ def _planned(
 
 @dataclass(frozen=True)
 class Done:
-    """What a prune has deleted. `records` are the numbers of its own records."""
+    """What a prune has deleted. `records` are the numbers of its own records. Where it has repacked, it was
+    `copied_bytes` in new packs before, and `remarks` say what could not be."""
 
     keys: tuple[str, ...]
     freed_bytes: int
     records: list[int]
+    copied_bytes: int = 0
+    remarks: tuple[str, ...] = ()
 
 
 def execute(chain: Chain, plan: Plan) -> Done:
@@ -186,7 +222,8 @@ def execute(chain: Chain, plan: Plan) -> Done:
         Damaged, Unsupported: as `consider`; nothing was deleted.
         Conflict: this process was stopped for so long that others do not count on it any more.
     """
-    announced = announce(chain.store, plan.snapshots, plan.names(keys.MANIFESTS), plan.names(keys.PACKS))
+    snapshots = dict.fromkeys((*plan.snapshots, *plan.names(keys.SNAPSHOTS)))
+    announced = announce(chain.store, snapshots, plan.names(keys.MANIFESTS), plan.names(keys.PACKS))
     try:
         going = _still_going(chain, plan, announced)
         for key in going:
@@ -205,13 +242,30 @@ def prune(
     branches: Collection[str] | None = None,
     window_s: float = 0.0,
     census: Census | None = None,
+    repack: Repack | None = None,
 ) -> Iterator[Done]:
     """Plan and execute until nothing more is to go; a very long chain takes several rounds, and each is given
-    when it is done. See `consider` and `execute`."""
-    census = census or Census(chain)
+    when it is done. What frees space without taking any comes first: then packs are given up, if `repack`
+    says when. See `consider`, `execute` and `repack.relocate`."""
+    again = partial(
+        consider, chain, keep, branches=branches, window_s=window_s, census=census or Census(chain)
+    )
+    yield from _drop(chain, again)
+    more = repack is not None
+    while more:
+        moves = again(repack=repack).moves
+        if not moves:
+            return
+        done = relocate(chain, moves)
+        yield Done((), 0, [], done.copied_bytes, tuple(done.remarks))
+        yield from _drop(chain, again)
+        more = done.more and bool(done.given_up)
+
+
+def _drop(chain: Chain, again: Callable[[], Plan]) -> Iterator[Done]:
     more = True
     while more:
-        found = consider(chain, keep, branches=branches, window_s=window_s, census=census)
+        found = again()
         if not found.sizes:
             return
         done = execute(chain, found)
@@ -226,7 +280,7 @@ def _still_going(chain: Chain, plan: Plan, announced: Announced) -> dict[str, in
             plan.mine.check()
         for one in plan.dead:
             _bury(chain, one, plan.mine)
-        left = plan.again(announced.at).sizes
+        left = plan.again(Second(announced.at, announced.nonce, plan.sizes.keys())).sizes
     except EverstepError:
         announced.finish()
         raise
@@ -250,19 +304,38 @@ class _Look:
     """A chain at an instant. The order matters: a writer that commits meanwhile is seen by its lease or by
     its head record, and what it wrote before its head is listed last."""
 
-    def __init__(self, census: Census, mine: Lease | None, now: float) -> None:
+    def __init__(
+        self,
+        census: Census,
+        mine: Lease | None,
+        now: float,
+        second: Second | None,
+        repack: Repack | None,
+    ) -> None:
         self.census = census
         self.mine = mine
         self.now = now
+        self.second = second
+        self.repack = repack
         store = census.chain.store
         leases = Leases(store)
         self.advances = census.advances()
         self.tags = census.chain.tags()
+        # What was relocated counts where it cannot be deleted by somebody who does not know of that.
+        census.relocations.look()
+        self.table = census.relocations.table
+        nonce = second.nonce if second is not None else ""
+        doomed = doomed_by_others(store, nonce, now) if self.table.keys else frozenset()
         self.entries = {
             entry.key: entry
-            for prefix in (keys.SNAPSHOTS, keys.MANIFESTS, keys.PACKS)
+            for prefix in (keys.SNAPSHOTS, keys.MANIFESTS, keys.PACKS, keys.RELOCATIONS)
             for entry in store.list(prefix)
             if is_object(entry.key)
+        }
+        self.packs = {
+            name: entry.size_bytes
+            for key, entry in self.entries.items()
+            if key.startswith(keys.PACKS) and (name := key.rpartition("/")[2]) not in doomed
         }
         census.forget_manifests(but=self.entries.keys())
         floors = {branch: max(one.writer for one in line[:1]) for branch, line in self.advances.items()}
@@ -288,6 +361,8 @@ class _Look:
             if branches is not None and branch not in branches:
                 continue
             for one in reversed(advances):
+                if self.second is not None and one.key not in self.second.only:
+                    continue
                 if one.listed is not None and one.listed.id not in reasons:
                     found.append(one)
                 elif one.damage is not None:
@@ -304,17 +379,26 @@ class _Look:
         reasons: Mapping[str, tuple[str, ...]],
         branches: Collection[str] | None,
         going: Sequence[Advance],
-        again: Callable[[float], Plan],
+        again: Callable[[Second], Plan],
     ) -> Plan:
+        self._refuse_damaged_relocations()
         doomed = {one.listed.id: one.listed for one in going if one.listed is not None and not one.damage}
         # Some may have to wait for the next plan.
         listed = {one.id for line in self.lines.values() for one in line if one.step >= 0}
-        needed: set[str] = set()
-        for id in sorted((listed | set(reasons)) - doomed.keys()):
-            wanted = self.census.objects if id in reasons else self.census.readable_objects
-            needed |= wanted(id)
+        reached = Reached(self.census, self.packs, closely=self.repack is not None)
+        staying = sorted((listed | set(reasons)) - doomed.keys())
+        self.census.read_ahead(staying, closely=self.repack is not None)
+        records: set[str] = set()
+        for id in staying:
+            records |= self._need(id, reached) if id in reasons else self._need_readable(id, reached)
+        needed = records | reached.keys()
         old, dead = self._old(needed, doomed)
-        ours = {key for one in doomed.values() if one.listed_at >= old for key in self._ours(one)}
+        # Of packs that were given up, and of those that came instead, no writer is putting any.
+        ours = {*map(keys.pack, self.table.sources | self.table.targets.keys()), *self.table.keys}
+        young = [one for one in doomed.values() if one.listed_at >= old]
+        self.census.read_ahead([one.id for one in young], closely=False)
+        for one in young:
+            ours |= self._ours(one)
         for key, entry in self.entries.items():
             if (
                 key.startswith(keys.SNAPSHOTS)
@@ -323,11 +407,15 @@ class _Look:
                 and key not in ours
             ):
                 # Of a writer at work, perhaps: all that it is about to commit is put.
-                needed |= self.census.readable_objects(key.removeprefix(keys.SNAPSHOTS))
+                records |= self._need_readable(key.removeprefix(keys.SNAPSHOTS), reached)
+        needed = records | reached.keys()
+        # Where a pack is missing, one that nothing names may be where its chunks were copied to.
+        lacking = any(keys.pack(name) not in self.entries for name in reached.packs)
         gone = {
             key: entry.size_bytes
             for key, entry in self.entries.items()
-            if key not in needed and (key in ours or entry.modified_at < old)
+            if key not in needed
+            and (key in ours or (entry.modified_at < old and not (lacking and key.startswith(keys.PACKS))))
         }
         heads = {one.key: one.size_bytes for one in going}
         return Plan(
@@ -340,10 +428,49 @@ class _Look:
             if any(self.entries[key].modified_at >= one.since for one in dead for key in gone)
             else (),
             again=again,
+            moves=() if self.repack is None else tuple(chosen(self.repack, reached, self.packs)),
         )
 
+    def _refuse_damaged_relocations(self) -> None:
+        for key, error in self.census.relocations.damaged.items():
+            if isinstance(error, Unsupported):
+                raise error
+            raise Damaged(
+                f"{key} cannot be read, so nothing was pruned",
+                kept="nothing was touched",
+                next=f"everstep -r {self.census.chain.url} verify",
+                key=key,
+            )
+
+    def _need(self, id: str, reached: Reached) -> set[str]:
+        """The keys of a snapshot's record and manifests; what those need is added to `reached`."""
+        try:
+            names = self.census.manifests(id)
+            reached.add(names)
+        except (Damaged, NotFound) as error:
+            raise Damaged(
+                f"snapshot {id[:SHORT]} cannot be read ({error.problem}), so nothing was pruned",
+                kept="nothing was touched",
+                next=f"everstep -r {self.census.chain.url} verify",
+                key=error.key,
+            ) from error
+        return {keys.snapshot(id), *map(keys.manifest, names)}
+
+    def _need_readable(self, id: str, reached: Reached) -> set[str]:
+        """The same for a snapshot that is to go: what cannot be read is left out."""
+        try:
+            return self._need(id, reached)
+        except Damaged:
+            return {keys.snapshot(id)}
+
     def _ours(self, doomed: Listed) -> set[str]:
-        return self.census.readable_objects(doomed.id)
+        """The keys of all that a snapshot consists of, as far as that can be read."""
+        try:
+            names = self.census.manifests(doomed.id)
+            packs = {keys.pack(pack) for name in names for pack in self.census.packs(name)}
+        except (Damaged, NotFound):
+            return {keys.snapshot(doomed.id)}
+        return {keys.snapshot(doomed.id), *map(keys.manifest, names)} | packs
 
     def _old(self, needed: set[str], doomed: Collection[str]) -> tuple[float, tuple[Holding, ...]]:
         """Before when an object that nobody reaches must have been put to go, and which dead processes'

@@ -7,10 +7,13 @@ import os
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias, TypeVar
 
+import msgspec
+
+from everstep.chain.relocations import Relocations
 from everstep.errors import Damaged, EverstepError, NotFound, Unsupported
 from everstep.format import keys, pack
 from everstep.format.chunk import ALIGNMENT_BYTES, MAX_XOR_DEPTH, Buffer, Encoding, aligned, decode, digest
@@ -55,9 +58,10 @@ class Piece:
 @dataclass(frozen=True)
 class Job:
     """A chunk to get, and where its parts go. `region` and `offset` are one place in the state where it
-    lies; there may be others."""
+    lies; there may be others. `home` is where the manifest places it, `place` where it is now."""
 
     chunk: StoredChunk
+    home: Place
     place: Place
     region: int
     offset: int
@@ -102,12 +106,19 @@ class Scratch:
 Task: TypeAlias = Callable[[Scratch], Result]
 
 
+class _Gone(Exception):
+    """There is no such pack."""
+
+
 class Reader:
-    """Reads the bytes of snapshots out of a store."""
+    """Reads the bytes of snapshots out of a store, wherever they have been relocated to."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self._seen: set[str] = set()
+        self._relocations = Relocations(store)
+        self._missed: set[str] = set()
+        """Packs that were not there once: what was relocated out of them is looked for there first."""
 
     def fill(self, manifest: Manifest, targets: Iterable[Target]) -> list[str]:
         """Fill memory with the bytes of a snapshot, straight from the store where they are stored raw.
@@ -123,54 +134,106 @@ class Reader:
             Damaged: a chunk is missing or is not the one that was written; the buffers' contents are then
                 undefined.
         """
-        by_pack: dict[str, list[Job]] = defaultdict(list)
-        for job in jobs_of(manifest, targets):
-            by_pack[job.place.pack].append(job)
         bases = _Bases(partial(self.chunk, manifest, depth=1))
-        tasks: list[Task[list[str]]] = [
+        remarks: set[str] = set()
+        gone: set[str] = set()
+        left = jobs_of(manifest, targets)
+        while left:
+            places = self._where([job.home for job in left], gone)
+            placed = [replace(job, place=place) for job, place in zip(left, places, strict=True)]
+            left = []
+            for found in self._read_placed(manifest, placed, bases):
+                remarks.update(found.remarks)
+                left += found.left
+                gone.update(job.place.pack for job in found.left)
+        return sorted(remarks)
+
+    def _read_placed(self, manifest: Manifest, jobs: Iterable[Job], bases: _Bases) -> list[_Found]:
+        by_pack: dict[str, list[Job]] = defaultdict(list)
+        for job in jobs:
+            by_pack[job.place.pack].append(job)
+        tasks: list[Task[_Found]] = [
             partial(self._read_span, span, bases)
             for name in sorted(by_pack)
             for span in _spans(by_pack[name])
         ]
         fresh = sorted(by_pack.keys() - self._seen)
         self._seen.update(fresh)
-        tasks += [partial(self._check_tail, name, manifest.packs[name]) for name in fresh]
-        return sorted({remark for remarks in in_parallel(tasks, THREADS) for remark in remarks})
+        sizes = {**self._relocations.table.targets, **manifest.packs}
+        # Of one whose record has just been pruned the size is not known any more.
+        tasks += [partial(self._check_tail, name, sizes[name]) for name in fresh if name in sizes]
+        return in_parallel(tasks, THREADS)
 
     def chunk(self, manifest: Manifest, name: str, depth: int = 0) -> Buffer:
         """The raw bytes of one chunk, verified. Raises Damaged."""
         if depth > MAX_XOR_DEPTH:
             raise Damaged(f"chunk {name[:12]} builds on more than {MAX_XOR_DEPTH} others")
-        chunk, place = manifest.place_of[name]
-        stored = self._get(keys.pack(place.pack), place.offset, place.stored_bytes)
+        chunk, home = manifest.place_of[name]
+        place, stored = self._stored(home)
         return _decoded(chunk, place, stored, lambda base: self.chunk(manifest, base, depth + 1))
+
+    def _stored(self, home: Place) -> tuple[Place, Buffer]:
+        """The stored bytes of a chunk that a manifest places there, and where they are."""
+        gone: set[str] = set()
+        while True:
+            (place,) = self._where([home], gone)
+            try:
+                return place, self._get(keys.pack(place.pack), place.offset, place.stored_bytes)
+            except _Gone:
+                gone.add(place.pack)
+
+    def _where(self, homes: Sequence[Place], gone: set[str]) -> list[Place]:
+        """Where the chunks are that a manifest places there, other than in packs that are gone. Who misses a
+        pack looks for relocations; once, as long as those tell of another place for it."""
+        self._missed |= gone
+        found = [self._place(home, gone) for home in homes]
+        if None in found:
+            self._relocations.look()
+            found = [self._place(home, gone) for home in homes]
+        places = []
+        for home, place in zip(homes, found, strict=True):
+            if place is None:
+                damage = next(iter(self._relocations.damaged.values()), None)
+                why = "" if damage is None else f", and where it has gone cannot be read ({damage.problem})"
+                raise Damaged(f"{keys.pack(home.pack)} is missing{why}", key=keys.pack(home.pack))
+            places.append(place)
+        return places
+
+    def _place(self, home: Place, gone: set[str]) -> Place | None:
+        """The first where it may be: where the manifest says, unless that pack was missed before."""
+        moved = [
+            msgspec.structs.replace(home, pack=one.pack, offset=one.offset)
+            for one in self._relocations.table.moved(home.pack, home.offset)
+        ]
+        places = [*moved, home] if home.pack in self._missed else [home, *moved]
+        return next((place for place in places if place.pack not in gone), None)
 
     def _get(self, key: str, start: int, size_bytes: int) -> Buffer:
         try:
             data = self.store.get(key, start, size_bytes)
         except NotFound as error:
-            raise Damaged(f"{key} is missing", key=key) from error
+            raise _Gone from error
         if len(data) != size_bytes:
             raise Damaged(f"{key} is cut short", key=key)
         return data
 
-    def _read_span(self, span: Sequence[Job], bases: _Bases, scratch: Scratch) -> list[str]:
+    def _read_span(self, span: Sequence[Job], bases: _Bases, scratch: Scratch) -> _Found:
         """Read chunks that lie one after the other, with the padding between them, in one call."""
         key = keys.pack(span[0].place.pack)
         stored, gaps, buffers = _memory_for(span, scratch)
         try:
             count = self.store.read_into(key, span[0].place.offset, buffers)
-        except NotFound as error:
-            raise Damaged(f"{key} is missing", key=key) from error
+        except NotFound:
+            return _Found(left=tuple(span))
         if count != sum(map(len, buffers)):
             raise Damaged(f"{key} is cut short", key=key)
         for job, data in zip(span, stored, strict=True):
             job.scatter(_decoded(job.chunk, job.place, data, bases.get, job.whole))
         if any(bytes(gap).strip(b"\0") for gap in gaps):
-            return [f"{key} has padding that is not zero"]
-        return []
+            return _Found((f"{key} has padding that is not zero",))
+        return _Found()
 
-    def _check_tail(self, name: str, pack_bytes: int, scratch: Scratch) -> list[str]:
+    def _check_tail(self, name: str, pack_bytes: int, scratch: Scratch) -> _Found:
         """The end of a pack is not needed to read it, but who reads it should say that it is damaged."""
         key = keys.pack(name)
         try:
@@ -180,10 +243,20 @@ class Reader:
             end = self.store.get(key, pack_bytes - pack.TRAILER_BYTES, pack.TRAILER_BYTES + 1)
             trailer = pack.decode_trailer(end, pack_bytes)
             pack.decode_tail(self._get(key, trailer.footer_offset, trailer.tail_bytes), pack_bytes, name)
-        except (Damaged, NotFound, Unsupported) as error:
+        except (NotFound, _Gone):
+            pass  # Who reads its chunks finds that, too, and where they are.
+        except (Damaged, Unsupported) as error:
             # Unsupported too: a bit flipped in the version's place makes a pack look newer than it is.
-            return [f"{key}: {error.problem}"]
-        return []
+            return _Found((f"{key}: {error.problem}",))
+        return _Found()
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What came of a read: sentences about damage that does no harm, and jobs whose pack is not there."""
+
+    remarks: tuple[str, ...] = ()
+    left: tuple[Job, ...] = ()
 
 
 class _Bases:
@@ -281,7 +354,8 @@ def jobs_of(manifest: Manifest, targets: Iterable[Target]) -> list[Job]:
     for number, wanted in pieces.items():
         # The piece that takes the chunk whole comes first: the chunk is read straight into it.
         wanted.sort(key=lambda piece: -len(piece.buffer))
-        jobs.append(Job(manifest.chunks[number], manifest.places[number], *lies[number], tuple(wanted)))
+        home = manifest.places[number]
+        jobs.append(Job(manifest.chunks[number], home, home, *lies[number], tuple(wanted)))
     return jobs
 
 

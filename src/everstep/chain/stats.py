@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 
 from everstep.chain.history import Chain, Snapshot
 from everstep.chain.names import is_object
+from everstep.chain.relocations import Relocations
 from everstep.errors import Damaged, NotFound
 from everstep.format import keys
 from everstep.format.manifest import Manifest
@@ -98,16 +99,6 @@ def stats(
     needed: dict[str, frozenset[str]] = {}
     unreadable = sorted(tagged - snapshots.keys())
     counted = _Leaves()
-    for done, one in enumerate(snapshots.values(), start=1):
-        try:
-            manifest = chain.manifest(one)
-        except Damaged:
-            unreadable.append(one.id)
-        else:
-            needed[one.id] = frozenset(manifest.packs)
-            if leaves:
-                counted.add(manifest)
-        on_progress(done, len(snapshots))
     kinds: Counter[str] = Counter()
     packs: dict[str, int] = {}
     for entry in chain.store.list():
@@ -115,6 +106,21 @@ def stats(
             kinds[entry.key.partition("/")[0]] += entry.size_bytes
         if entry.key.startswith(keys.PACKS):
             packs[entry.key.rpartition("/")[2]] = entry.size_bytes
+    relocations = Relocations(chain.store)
+    relocations.look()
+    for done, one in enumerate(snapshots.values(), start=1):
+        try:
+            manifest = chain.manifest(one)
+        except Damaged:
+            unreadable.append(one.id)
+        else:
+            manifest = (
+                relocations.table.without(manifest, lambda pack: pack not in packs, whole=False) or manifest
+            )
+            needed[one.id] = frozenset(manifest.packs)
+            if leaves:
+                counted.add(manifest)
+        on_progress(done, len(snapshots))
     reached = frozenset().union(*needed.values())
     daily = _daily_bytes(snapshots.values())
     free = _free_bytes(chain)

@@ -10,6 +10,7 @@ from functools import lru_cache
 from everstep.chain.history import SHORT, Chain, Point, Snapshot
 from everstep.chain.names import exists, is_object, segment_of
 from everstep.chain.reader import Reader
+from everstep.chain.relocations import Relocations
 from everstep.chain.steplog import JOURNAL, MAX_JOURNAL_BYTES, read_journal
 from everstep.errors import Damaged, NotFound, Unsupported
 from everstep.format import keys, pack, record, values
@@ -21,6 +22,7 @@ from everstep.format.record import (
     HeadRecord,
     LeaseRecord,
     PruneRecord,
+    RelocationRecord,
     SealedRecord,
     SnapshotRecord,
     TagRecord,
@@ -110,6 +112,9 @@ class _Verifier:
         self.points: dict[str, list[Point]] = {}
         self.tags: list[str] = []
         self.pruned = False
+        self.relocations = Relocations(chain.store)
+        self.there: set[str] = set()
+        """The packs that are listed."""
         self.fences: set[str] = set()
         """Head records that are there and list nothing."""
 
@@ -121,6 +126,9 @@ class _Verifier:
         self.pruned = any(entry.key.startswith(keys.PRUNES) for entry in entries)
         self.fences = {entry.key for entry in entries if entry.key.startswith(keys.HEADS)}
         self.fences -= {point.key for points in self.points.values() for point in points}
+        self.there = {one.key.rpartition("/")[2] for one in entries if one.key.startswith(keys.PACKS)}
+        if any(entry.key.startswith(keys.RELOCATIONS) for entry in entries):
+            self.relocations.look()
         total = sum(entry.size_bytes for entry in entries)
         if not any(entry.key == keys.CHAIN for entry in entries):
             self._problem(keys.CHAIN, "it is missing")
@@ -131,6 +139,7 @@ class _Verifier:
                     self._object(entry)
                     self.report.bytes += entry.size_bytes
                     self.on_progress(self.report.bytes, total)
+        self._follow()
         for key, manifest in self.manifests.items():
             self._check_packs(key, manifest)
         for key, manifest in self.manifests.items():
@@ -185,7 +194,14 @@ class _Verifier:
         _checked_name(entry.key, data)
         manifest = manifests.decode(data)
         values.decode(manifest.values)
-        self.manifests[entry.key] = manifest
+        self._expect(entry.key, manifest)
+
+    def _expect(self, key: str, manifest: Manifest) -> None:
+        """Hold the packs against what a manifest places; what lay in those that were given up is expected
+        where it was copied to, as a reader finds it."""
+        table = self.relocations.table
+        manifest = table.without(manifest, lambda pack: pack not in self.there, whole=False) or manifest
+        self.manifests[key] = manifest
         for chunk, place in zip(manifest.chunks, manifest.places, strict=True):
             self.expected[place.pack].add(_Expected(chunk.digest, chunk.size_bytes, place))
 
@@ -205,6 +221,21 @@ class _Verifier:
                 self._problem(key, "its footer and a manifest disagree about what it holds")
         for wanted in sorted(expected | checks.keys(), key=lambda one: one.place.offset):
             self._chunk(key, name, wanted, checks.get(wanted))
+
+    def _follow(self) -> None:
+        """Look at the packs that came in the place of such as have been given up since they were listed."""
+        vanished = self.there - self.pack_bytes.keys()
+        if not vanished:
+            return
+        self.relocations.look()
+        entries = [one for one in self.chain.store.list(keys.PACKS) if is_object(one.key)]
+        self.there = {one.key.rpartition("/")[2] for one in entries}
+        for key, manifest in list(self.manifests.items()):
+            if not vanished.isdisjoint(manifest.packs):
+                self._expect(key, manifest)
+        for entry in entries:
+            if entry.key.rpartition("/")[2] not in self.pack_bytes:
+                self._object(entry)
 
     def _footer(self, entry: Entry, name: str) -> pack.Footer:
         size = entry.size_bytes
@@ -365,7 +396,11 @@ class _Verifier:
         if len(snapshot.record.manifests) == 1 and manifest.state != snapshot.record.state:
             self._problem(keys.snapshot(snapshot.id), "it and its manifest name different states")
             return {keys.snapshot(snapshot.id)}
-        return ({key} & self.problems.keys()) | self._broken_packs(manifest)
+        broken = self._broken_packs(manifest)
+        if any(pack.rpartition("/")[2] not in self.there for pack in broken):
+            # Perhaps one of these says where it has gone.
+            broken |= self.relocations.damaged.keys()
+        return ({key} & self.problems.keys()) | broken
 
     def _unreadable_heads(self) -> dict[str, set[str]]:
         """What damaged or missing head records named: snapshots of the branch that no other names."""
@@ -462,6 +497,7 @@ _CHECKS: dict[str, Callable[[_Verifier, Entry], None]] = {
     keys.TAGS: lambda verifier, entry: verifier._sealed(entry, TagRecord),
     keys.LEASES: lambda verifier, entry: verifier._sealed(entry, LeaseRecord),
     keys.PRUNES: lambda verifier, entry: verifier._sealed(entry, PruneRecord),
+    keys.RELOCATIONS: lambda verifier, entry: verifier._sealed(entry, RelocationRecord),
     keys.STEPLOG: _Verifier._segment,
     JOURNAL: _Verifier._journal,
     keys.SNAPSHOTS: _Verifier._snapshot,

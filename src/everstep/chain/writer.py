@@ -26,6 +26,7 @@ from everstep.chain.lanes import idle_cores
 from everstep.chain.lease import Lease
 from everstep.chain.names import exists
 from everstep.chain.packing import Before, Draft, Extent, Packing, Wave
+from everstep.chain.relocations import Relocations
 from everstep.errors import Conflict, Damaged, NotFound, Unavailable
 from everstep.format import keys, pack, record
 from everstep.format import manifest as manifests
@@ -141,6 +142,7 @@ class Writer:
         self._encoder = Encoder(encodings or Measured(thread_clock), chain.store, thread_clock)
         self._recent: deque[Manifest] = deque(maxlen=RECENT)
         self._doomed = Doomed(chain.store)
+        self._relocations = Relocations(chain.store)
         self._first = True
         """Whether a former writer of the branch may not be fenced yet."""
         self._described: _Described | None = None
@@ -160,8 +162,19 @@ class Writer:
         self._recent.append(manifest)
 
     def forget_packs(self, names: set[str]) -> None:
-        """These packs are about to be deleted: their chunks must be written again when they come back."""
-        kept = [manifest for manifest in self._recent if not names & manifest.packs.keys()]
+        """These packs are about to be deleted: their chunks must be written again when they come back, unless
+        they have been copied to others."""
+        if not any(names & manifest.packs.keys() for manifest in self._recent):
+            return
+        self._relocations.look()
+        there = self._packs_there() - names - self._doomed.names
+        found = [
+            self._relocations.table.without(manifest, lambda pack: pack not in there)
+            if names & manifest.packs.keys()
+            else manifest
+            for manifest in self._recent
+        ]
+        kept = [manifest for manifest in found if manifest is not None]
         self._recent = deque(kept, maxlen=RECENT)
 
     def has_pruned(self, records: list[int]) -> None:
@@ -289,12 +302,20 @@ class Writer:
         """Look whether somebody prunes, or has pruned, what this snapshot relies on. All of it that is new is
         put by now, so that a prune that begins after this finds it and spares what it needs."""
         news = self._doomed.look()
-        needed = {name: keys.manifest(name), **{pack: keys.pack(pack) for pack in manifest.packs}}
-        taken = needed.keys() & self._doomed.names
+        taken = {name, *manifest.packs} & self._doomed.names
         if news:
-            taken |= {one for one, key in needed.items() if not exists(self.chain.store, key)}
+            there = self._packs_there()
+            # What later snapshots might have shared, too: nothing tells of it once more.
+            self.forget_packs({pack for one in self._recent for pack in one.packs} - there)
+            taken |= manifest.packs.keys() - there
+            if not exists(self.chain.store, keys.manifest(name)):
+                taken.add(name)
         if taken:
             raise _Pruned(taken, memory)
+
+    def _packs_there(self) -> set[str]:
+        """By one listing."""
+        return {entry.key.rpartition("/")[2] for entry in self.chain.store.list(keys.PACKS)}
 
     # -- manifest, snapshot, head -------------------------------------------------------------------------
 
@@ -392,6 +413,8 @@ class Writer:
                 continue
             if winner.nonce == mine.nonce:
                 return
+            if winner.fence is True:
+                continue  # Of who replaces us, which the lease tells; or of who repacks.
             if winner.writer == self.lease.number:
                 raise Conflict(
                     f"branch {self.branch!r} of {self.chain.url} advanced by itself to {mine.key}",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from everstep.errors import NotFound
 from everstep.format import keys
+
+if TYPE_CHECKING:
+    from everstep.chain.history import Chain
 
 _REPO = typer.Option(
     "--repo",
@@ -29,6 +32,13 @@ Ref = Annotated[
 ]
 
 
+_INSIST = typer.Option(
+    "--unsafe-single-writer",
+    help="Write to an object store that cannot refuse to overwrite; there must never be a second writer.",
+)
+UnsafeSingleWriter = Annotated[bool, _INSIST]
+
+
 def chain_url(context: typer.Context, repo: str | None) -> str:
     """The chain that a command is about: what was typed, else what was set, else where we are."""
     named = repo or context.obj or os.environ.get("EVERSTEP_REPO")
@@ -40,3 +50,11 @@ def chain_url(context: typer.Context, repo: str | None) -> str:
         "no chain was named, and the current directory is not one",
         next=f"everstep -r PATH_OF_THE_CHAIN {context.info_name}, or set EVERSTEP_REPO",
     )
+
+
+def writable_chain(context: typer.Context, repo: str | None, unsafe_single_writer: bool) -> Chain:
+    """That chain, for who writes to it."""
+    from everstep.chain.history import Chain
+    from everstep.store.urls import open_store
+
+    return Chain(open_store(chain_url(context, repo), unsafe_single_writer=unsafe_single_writer))

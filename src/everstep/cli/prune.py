@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everstep.cli import output
-from everstep.cli.options import Json, Repo, chain_url
+from everstep.cli.options import Json, Repo, UnsafeSingleWriter, chain_url, writable_chain
 from everstep.errors import Mismatch
 from everstep.events import size
 from everstep.format import keys
@@ -20,6 +20,12 @@ SHORT = 8
 _KEEP = typer.Option(
     "--keep", metavar="POLICY", help='What stays: "last 3, hourly 24, daily 7, best val_loss 2, tags".'
 )
+_REPACK = typer.Option(
+    "--repack/--no-repack", help="Also give up packs of which little is needed; else whole packs go only."
+)
+_MAX_UNUSED = typer.Option(
+    "--max-unused", metavar="SHARE", help="So much of what packs take may be of no use before that: 10%."
+)
 _OF_BRANCH = typer.Option("--branch", metavar="NAME", help="Only snapshots of this branch go; else of all.")
 
 
@@ -30,18 +36,21 @@ def prune(
         bool, typer.Option("--dry-run", help="Show what would go, and change nothing.")
     ] = False,
     branch: Annotated[str | None, _OF_BRANCH] = None,
+    repack: Annotated[bool, _REPACK] = True,
+    max_unused: Annotated[str, _MAX_UNUSED] = "10%",
+    unsafe_single_writer: UnsafeSingleWriter = False,
     repo: Repo = None,
     as_json: Json = False,
 ) -> None:
     """Delete the snapshots that a policy does not keep, and what nothing needs any more."""
     from everstep.chain.census import Census
-    from everstep.chain.history import Chain
-    from everstep.chain.prune import GRACE_S, consider
+    from everstep.chain.prune import GRACE_S, Repack, consider
     from everstep.chain.prune import prune as delete
     from everstep.chain.retention import EXAMPLE, Keep
 
+    giving_up = Repack(_share(max_unused)) if repack else None
     url = chain_url(context, repo)
-    chain = Chain(url)
+    chain = writable_chain(context, repo, unsafe_single_writer)
     if keep is None:
         raise Mismatch(
             "no policy says which snapshots stay, and none is stored with a chain",
@@ -51,19 +60,37 @@ def prune(
     policy = Keep.parse(keep)
     branches = None if branch is None else [keys.checked(branch, "branch")]
     census = Census(chain)  # What was read for the plan that is shown is not read again.
-    plan = consider(chain, policy, branches=branches, window_s=GRACE_S, census=census)
+    plan = consider(chain, policy, branches=branches, window_s=GRACE_S, census=census, repack=giving_up)
     deleted: list[str] = []
-    freed_bytes = 0
+    freed_bytes = copied_bytes = 0
     if not as_json:
         _show(plan)
     if not dry_run:
-        for done in delete(chain, policy, branches=branches, window_s=GRACE_S, census=census):
+        for done in delete(
+            chain, policy, branches=branches, window_s=GRACE_S, census=census, repack=giving_up
+        ):
             deleted += done.keys
-            freed_bytes += done.freed_bytes
+            freed_bytes += done.freed_bytes - done.copied_bytes
+            copied_bytes += done.copied_bytes
+            for remark in done.remarks:
+                output.remark(f"{remark}; see what it means: everstep -r {url} verify")
     if as_json:
-        output.document(_document(chain.url, str(policy), plan, dry_run, deleted, freed_bytes))
+        output.document(_document(chain.url, str(policy), plan, dry_run, deleted, freed_bytes, copied_bytes))
     elif not dry_run:
-        print(f"{output.count(len(deleted), 'object')} deleted, {size(freed_bytes)} freed")
+        copied = f", {size(copied_bytes)} copied" if copied_bytes else ""
+        print(f"{output.count(len(deleted), 'object')} deleted{copied}, {size(freed_bytes)} freed")
+
+
+def _share(text: str) -> float:
+    """`10%` is 0.1. Raises a usage error."""
+    number = text.removesuffix("%")
+    try:
+        share = float(number) / 100
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise typer.BadParameter(f"{text!r} is not a share from 0% to 100%", param_hint="--max-unused")
+    return share
 
 
 def _show(plan: Plan) -> None:
@@ -73,6 +100,10 @@ def _show(plan: Plan) -> None:
     going = output.count(len(plan.snapshots), "snapshot")
     more = ", and more after these" if plan.more else ""
     print(f"{going} to go, {output.count(len(plan.sizes), 'object')}, {size(plan.freed_bytes)}{more}")
+    if plan.moves:
+        moved = sum(one.moved_bytes for one in plan.moves)
+        packs = output.count(len(plan.moves), "pack")
+        print(f"{packs} to repack, of which {size(moved)} is needed, {size(plan.repacked_bytes)} more")
 
 
 def _cells(row: Row) -> tuple[object, ...]:
@@ -81,7 +112,13 @@ def _cells(row: Row) -> tuple[object, ...]:
 
 
 def _document(
-    url: str, policy: str, plan: Plan, dry_run: bool, deleted: list[str], freed_bytes: int
+    url: str,
+    policy: str,
+    plan: Plan,
+    dry_run: bool,
+    deleted: list[str],
+    freed_bytes: int,
+    copied_bytes: int,
 ) -> dict[str, Any]:
     rows = [
         {
@@ -101,6 +138,9 @@ def _document(
         "going": list(plan.snapshots),
         "planned_bytes": plan.freed_bytes,
         "more": plan.more,
+        "repacking": [one.pack for one in plan.moves],
+        "repacked_bytes": plan.repacked_bytes,
         "deleted": deleted,
+        "copied_bytes": copied_bytes,
         "freed_bytes": freed_bytes,
     }

@@ -19,6 +19,7 @@ from everstep.format.record import (
     HeadRecord,
     LeaseRecord,
     PruneRecord,
+    RelocationRecord,
     SealedRecord,
     SnapshotRecord,
     StepRecord,
@@ -28,7 +29,7 @@ from everstep.store.base import Store, checked
 
 _SEALED: dict[str, type[SealedRecord]] = {
     keys.CHAIN: ChainRecord, keys.HEADS: HeadRecord, keys.TAGS: TagRecord, keys.LEASES: LeaseRecord,
-    keys.PRUNES: PruneRecord,
+    keys.PRUNES: PruneRecord, keys.RELOCATIONS: RelocationRecord,
 }  # fmt: skip
 _LOOK_BYTES = 256
 

@@ -27,7 +27,7 @@ def stats(
 ) -> None:
     """Show what the chain takes: by branch and by leaf, how fast it grows, and what a prune would free."""
     from everstep.chain.history import Chain
-    from everstep.chain.prune import GRACE_S, consider
+    from everstep.chain.prune import GRACE_S, Repack, consider
     from everstep.chain.retention import Keep
     from everstep.chain.stats import stats as count
 
@@ -35,14 +35,20 @@ def stats(
     chain = Chain(chain_url(context, repo))
     policy = None if keep is None else Keep.parse(keep)
     found = count(chain, most)
-    freed = None if policy is None else consider(chain, policy, window_s=GRACE_S).freed_bytes
+    plan = None if policy is None else consider(chain, policy, window_s=GRACE_S, repack=Repack())
+    freed = None if plan is None else plan.freed_bytes + plan.repacked_bytes
     if as_json:
-        pruned = {"keep": None if policy is None else str(policy), "freed_bytes": freed}
+        pruned = {
+            "keep": None if policy is None else str(policy),
+            "freed_bytes": freed,
+            "repacked_bytes": None if plan is None else plan.repacked_bytes,
+        }
         output.document({"chain": chain.url, **dataclasses.asdict(found), "prune": pruned})
         return
     _show(found)
-    if freed is not None:
-        print(f"\nprune --keep {str(policy)!r} would free {size(freed)}")
+    if plan is not None and freed is not None:
+        of_which = f", {size(plan.repacked_bytes)} of that by repacking" if plan.moves else ""
+        print(f"\nprune --keep {str(policy)!r} would free {size(freed)}{of_which}")
 
 
 def _show(found: Stats) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from everstep.chain.history import MAIN, SHORT, Chain, Point
 from everstep.cli import output
-from everstep.cli.options import Branch, Json, Repo, chain_url
+from everstep.cli.options import Branch, Json, Repo, UnsafeSingleWriter, chain_url, writable_chain
 from everstep.errors import EverstepError
 from everstep.format.record import BRANCH, ROLLBACK
 
@@ -34,13 +34,14 @@ def tag(
     delete: _Delete = False,
     force: Annotated[bool, typer.Option("--force", help="Move a tag that names another snapshot.")] = False,
     branch: Branch = MAIN,
+    unsafe_single_writer: UnsafeSingleWriter = False,
     repo: Repo = None,
     as_json: Json = False,
 ) -> None:
     """List the tags, or name a snapshot, which then stays."""
     from everstep.chain import versions
 
-    chain = Chain(chain_url(context, repo))
+    chain = writable_chain(context, repo, unsafe_single_writer)
     if name is None:
         _refuse_alone(delete or force)
         _list(chain, "tag", {name: _tagged(chain, name) for name in sorted(chain.tag_keys())}, as_json)
@@ -63,13 +64,14 @@ def branch(
         bool, typer.Option("--force", help="With -d: also where its snapshots are on no other branch.")
     ] = False,
     branch: Branch = MAIN,
+    unsafe_single_writer: UnsafeSingleWriter = False,
     repo: Repo = None,
     as_json: Json = False,
 ) -> None:
     """List the branches, or begin one at a snapshot."""
     from everstep.chain import versions
 
-    chain = Chain(chain_url(context, repo))
+    chain = writable_chain(context, repo, unsafe_single_writer)
     if name is None:
         _refuse_alone(delete or force)
         _list(chain, "branch", {name: _head(chain, name) for name in chain.branches()}, as_json)
@@ -163,13 +165,14 @@ def rollback(
     context: typer.Context,
     ref: Annotated[str, typer.Argument(metavar="REF", help="The snapshot that is to be the head.")],
     branch: Branch = MAIN,
+    unsafe_single_writer: UnsafeSingleWriter = False,
     repo: Repo = None,
     as_json: Json = False,
 ) -> None:
     """Move the head of a branch back to a snapshot; the next run goes on from there."""
     from everstep.chain import versions
 
-    chain = Chain(chain_url(context, repo))
+    chain = writable_chain(context, repo, unsafe_single_writer)
     before = chain.head_number(branch)
     told = versions.rollback(chain, branch, ref)
     moved = chain.head_number(branch) > before

@@ -15,6 +15,7 @@ TAGS = "tags/"
 LEASES = "leases/"
 PRUNES = "prunes/"
 STEPLOG = "steplog/"
+RELOCATIONS = "relocations/"
 
 _LAST = 0xFFFF_FFFF_FFFF_FFFF
 MAX_NAME_CHARACTERS = 100

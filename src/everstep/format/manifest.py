@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Annotated, TypeAlias
+from typing import Annotated, TypeAlias, TypeVar
 
 import msgspec
 import zstandard
@@ -25,6 +26,11 @@ from everstep.format.values import Value, varint
 from everstep.format.values import decode as decode_values
 
 FORMAT = 1
+"""What is written, unless it says what a reader of this format could misread."""
+
+NEWEST_FORMAT = 2
+"""What is read: 2 has relocation records, and the fences that go before them."""
+
 OBJECTS, RUN = "objects", "run"
 """The two parts of the values tree: what the user handed over by name, and what the run itself keeps."""
 
@@ -199,19 +205,39 @@ def decode_packs(stored: Buffer) -> dict[str, int]:
 
     Raises what `decode` raises.
     """
+    return _decode_part(stored, _Packs).packs
+
+
+def decode_places(stored: Buffer) -> dict[str, array[int]]:
+    """Where the chunks of a manifest lie: by pack, offset and stored size in bytes of each, in turn. As
+    `decode_packs`, for who needs more of it than that."""
+    found: dict[str, array[int]] = {}
+    for place in _decode_part(stored, _Places).places:
+        found.setdefault(place.pack, array("Q")).extend((place.offset, place.stored_bytes))
+    return found
+
+
+def _decode_part(stored: Buffer, kind: type[Part]) -> Part:
     try:
         size_bytes = zstandard.get_frame_parameters(stored).content_size
         if len(stored) > MAX_STORED_BYTES or size_bytes > MAX_MANIFEST_BYTES:
             raise Damaged("a manifest is larger than allowed")
         text = decompress(stored, size_bytes)
         refuse_newer(text, "manifest")
-        return msgspec.json.decode(text, type=_Packs).packs
+        return msgspec.json.decode(text, type=kind)
     except (zstandard.ZstdError, msgspec.MsgspecError, RecursionError, ValueError) as error:
         raise Damaged(f"a manifest cannot be read: {error}") from error
 
 
 class _Packs(msgspec.Struct):
     packs: dict[Digest, Count]
+
+
+class _Places(msgspec.Struct):
+    places: tuple[Place, ...]
+
+
+Part = TypeVar("Part", _Packs, _Places)
 
 
 class _Format(msgspec.Struct):
@@ -221,9 +247,9 @@ class _Format(msgspec.Struct):
 def refuse_newer(text: Buffer, what: str) -> None:
     """Raises Unsupported when the JSON object `text` was written by a newer format."""
     number = msgspec.json.decode(text, type=_Format).format
-    if number > FORMAT:
+    if number > NEWEST_FORMAT:
         raise Unsupported(
-            f"a {what} has format {number}; this Everstep reads up to format {FORMAT}",
+            f"a {what} has format {number}; this Everstep reads up to format {NEWEST_FORMAT}",
             kept="nothing was touched",
             next="pip install -U everstep",
         )

@@ -196,6 +196,11 @@ def decode_tail(tail: Buffer, pack_bytes: int, name: str) -> Footer:
     return decoded
 
 
+def footer_bytes(entries: int) -> int:
+    """The size of a footer of so many entries."""
+    return _HEADER.size + entries * _ENTRY.size
+
+
 def data_bytes(entries: Sequence[Entry]) -> int:
     """Where the chunks end and the footer begins."""
     return aligned(entries[-1].offset + entries[-1].stored_bytes) if entries else 0

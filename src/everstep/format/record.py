@@ -1,7 +1,7 @@
 """Records: the small JSON objects of a chain, and what a step's record holds (FORMAT.md, "Records").
 
-A snapshot record is named by its digest. The others (chain, head, tag, lease, prune) are not, so they carry
-the digest of their own body and say at which key they belong; both are valid JSON.
+A snapshot record is named by its digest. The others (chain, head, tag, lease, prune, relocation)
+are not, so they carry the digest of their own body and say at which key they belong; both are valid JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 from everstep.errors import Damaged, Unsupported
 from everstep.format import keys
 from everstep.format.chunk import ALIGNMENT_BYTES, GRID_BYTES, MAX_CHUNK_BYTES, Buffer, digest
-from everstep.format.manifest import FORMAT, MAX_COUNT, Count, Digest, refuse_newer
+from everstep.format.manifest import FORMAT, MAX_COUNT, NEWEST_FORMAT, Count, Digest, refuse_newer
 
 MAX_RECORD_BYTES = 4 * 1024 * 1024
 MAX_SEGMENT_BYTES = 256 * 1024 * 1024
@@ -23,8 +23,8 @@ Number: TypeAlias = float | str
 """A float; JSON has none for "nan", "inf" and "-inf", which are written as these texts."""
 
 RecordNumber: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
-"""Which record of its kind it is: heads of a branch, tags of a name, leases of a branch and prunes are
-counted from 1."""
+"""Which record of its kind it is: heads of a branch, tags of a name, leases of a branch, prunes and
+relocations are counted from 1."""
 
 
 NO_SNAPSHOT = "0" * 64
@@ -186,7 +186,47 @@ class PruneRecord(msgspec.Struct, frozen=True):
         return frozenset((*self.snapshots, *self.manifests, *self.packs))
 
 
-SealedRecord: TypeAlias = ChainRecord | HeadRecord | TagRecord | LeaseRecord | PruneRecord
+class NewPack(msgspec.Struct, frozen=True, array_like=True):
+    """A pack that chunks were copied to."""
+
+    name: Digest
+    size_bytes: Count
+
+
+class Spot(msgspec.Struct, frozen=True, array_like=True):
+    """What a manifest places at `at` is also in pack number `pack`, at `offset`: the same stored bytes."""
+
+    at: Count
+    pack: Count
+    offset: Count
+
+
+class RelocationRecord(msgspec.Struct, frozen=True):
+    """Where chunks are whose pack was given up: `moved` has the spots by the pack that manifests name."""
+
+    packs: tuple[NewPack, ...]
+    moved: dict[Digest, tuple[Spot, ...]]
+    nonce: str
+    at: str
+    number: RecordNumber
+    format: int = NEWEST_FORMAT
+
+    @property
+    def key(self) -> str:
+        return keys.numbered(keys.RELOCATIONS, self.number)
+
+    def is_sound(self) -> bool:
+        """Whether each spot is one where a chunk can be."""
+        return all(
+            spot.pack < len(self.packs)
+            and spot.offset < self.packs[spot.pack].size_bytes
+            and not (spot.at % ALIGNMENT_BYTES or spot.offset % ALIGNMENT_BYTES)
+            for spots in self.moved.values()
+            for spot in spots
+        )
+
+
+SealedRecord: TypeAlias = ChainRecord | HeadRecord | TagRecord | LeaseRecord | PruneRecord | RelocationRecord
 """Each says with `key` where it belongs."""
 
 
@@ -278,6 +318,8 @@ def decode(data: Buffer, kind: type[Record]) -> Record:
             kept="nothing was touched",
             next="pip install -U everstep",
         )
+    if isinstance(record, RelocationRecord) and not record.is_sound():
+        raise Damaged("a relocation record names a place where no chunk can be")
     return record
 
 

@@ -101,6 +101,15 @@ class Addressed(Protocol):
         """What that process needs in its environment besides."""
 
 
+@runtime_checkable
+class Distant(Protocol):
+    """A store whose answers take their time: who asks for many small objects asks for several at once."""
+
+    @property
+    def at_once(self) -> int:
+        """How many requests."""
+
+
 def is_key(key: str) -> bool:
     return len(key) <= MAX_KEY_CHARACTERS and _KEY.fullmatch(key) is not None
 

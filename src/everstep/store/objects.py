@@ -39,6 +39,7 @@ PARTS_AT_ONCE = 8
 PART_RETRIES = 6
 RANGE_BYTES = 16 * 1024 * 1024
 RANGES_AT_ONCE = 4
+SMALL_AT_ONCE = 32
 PAGE = 1000
 """A listing comes in pages of so many."""
 
@@ -80,6 +81,7 @@ class ObjectStore:
 
     Attributes:
         address, environment: what another process opens it by, and needs besides this one's variables.
+        at_once: how many small requests are best made at once.
 
     Raises:
         Mismatch: the address is none.
@@ -98,6 +100,7 @@ class ObjectStore:
         cloud.refuse_without_obstore()
         self.url = self.address = self._where.url
         self.unsafe_single_writer = unsafe_single_writer
+        self.at_once = SMALL_AT_ONCE
         self.environment = {cloud.UNSAFE_SINGLE_WRITER: "1"} if unsafe_single_writer else {}
         self._patience = patience or Patience()
         self._clock = clock or Clock()
