@@ -27,8 +27,12 @@ def fence_former(chain: Chain, mine: Lease) -> None:
     """
     newest = _newest(chain, mine.branch)
     floor = newest.writer if newest is not None else 0
-    if not lease.may_be_followed_late(chain.store, mine.branch, floor, mine.number):
-        return
+    if lease.may_be_followed_late(chain.store, mine.branch, floor, mine.number):
+        put_fence(chain, mine)
+
+
+def put_fence(chain: Chain, mine: Lease) -> None:
+    """Put a fence on the lease's branch; durable on return. Raises Fenced."""
     while True:
         newest = _newest(chain, mine.branch)
         fence = HeadRecord(

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias, TypeVar
 
-from everstep.errors import Damaged, EverstepError, NotFound, Unsupported
+from everstep.errors import Damaged, EverstepError, NotFound, Unavailable, Unsupported
 from everstep.format import keys, pack
 from everstep.format.chunk import ALIGNMENT_BYTES, MAX_XOR_DEPTH, Buffer, Encoding, aligned, decode, digest
 from everstep.format.manifest import Manifest, Place, StoredChunk
 from everstep.store import parallel
 from everstep.store.base import Store
 from everstep.store.reads import copy
+from everstep.store.replicated import copies_of
 
 Result = TypeVar("Result")
 
@@ -100,10 +101,16 @@ Task: TypeAlias = Callable[[Scratch], Result]
 
 
 class Reader:
-    """Reads the bytes of snapshots out of a store."""
+    """Reads the bytes of snapshots out of a store. Where that has several copies of an object, one that is
+    missing or damaged is got round, and a remark says so.
+
+    Attributes:
+        got_round: whether that was needed: then the first copy is not one to build on.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.got_round = False
         self._seen: set[str] = set()
 
     def fill(self, manifest: Manifest, targets: Iterable[Target]) -> list[str]:
@@ -139,33 +146,35 @@ class Reader:
         if depth > MAX_XOR_DEPTH:
             raise Damaged(f"chunk {name[:12]} builds on more than {MAX_XOR_DEPTH} others")
         chunk, place = manifest.place_of[name]
-        stored = self._get(keys.pack(place.pack), place.offset, place.stored_bytes)
-        return _decoded(chunk, place, stored, lambda base: self.chunk(manifest, base, depth + 1))
 
-    def _get(self, key: str, start: int, size_bytes: int) -> Buffer:
-        try:
-            data = self.store.get(key, start, size_bytes)
-        except NotFound as error:
-            raise Damaged(f"{key} is missing", key=key) from error
-        if len(data) != size_bytes:
-            raise Damaged(f"{key} is cut short", key=key)
-        return data
+        def read(store: Store) -> Buffer:
+            stored = _get(store, keys.pack(place.pack), place.offset, place.stored_bytes)
+            return _decoded(chunk, place, stored, lambda base: self.chunk(manifest, base, depth + 1))
+
+        return self._from_any(read)[0]
+
+    def _from_any(self, read: Callable[[Store], Result]) -> tuple[Result, list[str]]:
+        """What `read` makes of the first copy that is good, and a remark where that was not the first."""
+        first: EverstepError | None = None
+        copies = copies_of(self.store)
+        for store in copies:
+            try:
+                done = read(store)
+            except (Damaged, Unavailable) as error:
+                if len(copies) == 1:
+                    raise
+                first = first or error
+                continue
+            if first is None:
+                return done, []
+            self.got_round = True
+            return done, [f"{first.problem}; {store.url} has it"]
+        assert first is not None
+        raise first
 
     def _read_span(self, span: Sequence[Job], bases: _Bases, scratch: Scratch) -> list[str]:
-        """Read chunks that lie one after the other, with the padding between them, in one call."""
-        key = keys.pack(span[0].place.pack)
-        stored, gaps, buffers = _memory_for(span, scratch)
-        try:
-            count = self.store.read_into(key, span[0].place.offset, buffers)
-        except NotFound as error:
-            raise Damaged(f"{key} is missing", key=key) from error
-        if count != sum(map(len, buffers)):
-            raise Damaged(f"{key} is cut short", key=key)
-        for job, data in zip(span, stored, strict=True):
-            job.scatter(_decoded(job.chunk, job.place, data, bases.get, job.whole))
-        if any(bytes(gap).strip(b"\0") for gap in gaps):
-            return [f"{key} has padding that is not zero"]
-        return []
+        remarks, more = self._from_any(partial(_span_of, span, bases, scratch))
+        return remarks + more
 
     def _check_tail(self, name: str, pack_bytes: int, scratch: Scratch) -> list[str]:
         """The end of a pack is not needed to read it, but who reads it should say that it is damaged."""
@@ -176,11 +185,39 @@ class Reader:
             # One byte more than there should be: a pack that has grown is damaged too.
             end = self.store.get(key, pack_bytes - pack.TRAILER_BYTES, pack.TRAILER_BYTES + 1)
             trailer = pack.decode_trailer(end, pack_bytes)
-            pack.decode_tail(self._get(key, trailer.footer_offset, trailer.tail_bytes), pack_bytes, name)
+            tail = _get(self.store, key, trailer.footer_offset, trailer.tail_bytes)
+            pack.decode_tail(tail, pack_bytes, name)
         except (Damaged, NotFound, Unsupported) as error:
             # Unsupported too: a bit flipped in the version's place makes a pack look newer than it is.
             return [f"{key}: {error.problem}"]
         return []
+
+
+def _get(store: Store, key: str, start: int, size_bytes: int) -> Buffer:
+    try:
+        data = store.get(key, start, size_bytes)
+    except NotFound as error:
+        raise Damaged(f"{key} is missing", key=key) from error
+    if len(data) != size_bytes:
+        raise Damaged(f"{key} is cut short", key=key)
+    return data
+
+
+def _span_of(span: Sequence[Job], bases: _Bases, scratch: Scratch, store: Store) -> list[str]:
+    """Read chunks that lie one after the other, with the padding between them, in one call."""
+    key = keys.pack(span[0].place.pack)
+    stored, gaps, buffers = _memory_for(span, scratch)
+    try:
+        count = store.read_into(key, span[0].place.offset, buffers)
+    except NotFound as error:
+        raise Damaged(f"{key} is missing", key=key) from error
+    if count != sum(map(len, buffers)):
+        raise Damaged(f"{key} is cut short", key=key)
+    for job, data in zip(span, stored, strict=True):
+        job.scatter(_decoded(job.chunk, job.place, data, bases.get, job.whole))
+    if any(bytes(gap).strip(b"\0") for gap in gaps):
+        return [f"{key} has padding that is not zero"]
+    return []
 
 
 class _Bases:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from everstep.chain import lease as leases
 from everstep.chain.doomed import refuse_doomed
-from everstep.chain.fence import fence_former
+from everstep.chain.fence import fence_former, put_fence
 from everstep.chain.history import MAIN, Chain, Point, Snapshot, now
 from everstep.chain.lease import Lease
 from everstep.chain.names import exists, is_object, newest
@@ -158,15 +158,22 @@ def drop_branch(chain: Chain, name: str, *, force: bool = False) -> None:
         )
     mine = Lease.take(chain.store, name)
     try:
-        fence_former(chain, mine)
-        advances = {point.key for point in chain.points(name)}  # Fences are none: they stay.
-        for prefix in (keys.head(name), keys.steplog(name)):
-            for entry in reversed(list(chain.store.list(prefix))):
-                if is_object(entry.key) and (entry.key in advances or prefix != keys.head(name)):
-                    mine.check()
-                    chain.store.delete(entry.key)
+        # It stays, and says that the branch is none any more: to a writer that was replaced, and to replicas.
+        put_fence(chain, mine)
+        delete_branch(chain, name, mine.check)
     finally:
         mine.release()
+
+
+def delete_branch(chain: Chain, name: str, check: Callable[[], None] = lambda: None) -> None:
+    """Delete a branch's head records but for fences, the oldest first, then its step log; `check` is asked
+    before each."""
+    advances = {point.key for point in chain.points(name)}
+    for prefix in (keys.head(name), keys.steplog(name)):
+        for entry in reversed(list(chain.store.list(prefix))):
+            if is_object(entry.key) and (entry.key in advances or prefix != keys.head(name)):
+                check()
+                chain.store.delete(entry.key)
 
 
 def _only_on(chain: Chain, name: str) -> set[str]:

@@ -19,6 +19,7 @@ from everstep.format.record import (
     HeadRecord,
     LeaseRecord,
     PruneRecord,
+    ReplicasRecord,
     SealedRecord,
     SnapshotRecord,
     StepRecord,
@@ -29,6 +30,7 @@ from everstep.store.base import Store, checked
 _SEALED: dict[str, type[SealedRecord]] = {
     keys.CHAIN: ChainRecord, keys.HEADS: HeadRecord, keys.TAGS: TagRecord, keys.LEASES: LeaseRecord,
     keys.PRUNES: PruneRecord,
+    keys.REPLICAS: ReplicasRecord,
 }  # fmt: skip
 _LOOK_BYTES = 256
 

@@ -18,6 +18,7 @@ from everstep.format.manifest import FORMAT, MAX_COUNT, Count, Digest, refuse_ne
 
 MAX_RECORD_BYTES = 4 * 1024 * 1024
 MAX_SEGMENT_BYTES = 256 * 1024 * 1024
+MAX_URL_CHARACTERS = 4096
 
 Number: TypeAlias = float | str
 """A float; JSON has none for "nan", "inf" and "-inf", which are written as these texts."""
@@ -186,7 +187,23 @@ class PruneRecord(msgspec.Struct, frozen=True):
         return frozenset((*self.snapshots, *self.manifests, *self.packs))
 
 
-SealedRecord: TypeAlias = ChainRecord | HeadRecord | TagRecord | LeaseRecord | PruneRecord
+class ReplicasRecord(msgspec.Struct, frozen=True):
+    """Where the replicas of a chain are, as its last writer was told. The newest one counts."""
+
+    urls: tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_URL_CHARACTERS)], ...]
+    nonce: str
+    at: str
+    number: RecordNumber
+    format: int = FORMAT
+
+    @property
+    def key(self) -> str:
+        return keys.numbered(keys.REPLICAS, self.number)
+
+
+SealedRecord: TypeAlias = (
+    ChainRecord | HeadRecord | TagRecord | LeaseRecord | PruneRecord | ReplicasRecord
+)
 """Each says with `key` where it belongs."""
 
 
