@@ -191,7 +191,8 @@ class Chain:
 
     def _from_any(self, key: str, limit: int, accept: Callable[[Buffer], Made]) -> Made:
         """What `accept` makes of an object; where the store has several copies, of the first that is good. Of
-        what is wrong with them damage weighs more than that one is away, and that more than that one lacks it.
+        what is wrong with them damage weighs more than that one is away, and that more than that one lacks
+        it.
         """
         failed: Damaged | Unavailable | NotFound | None = None
         for store in copies_of(self.store):
@@ -493,8 +494,9 @@ def _comparable(value: Number | None) -> float | None:
 
 
 def find_anywhere(text: str, here: Callable[[], Chain], branch: str = MAIN) -> tuple[Chain, Snapshot]:
-    """The chain and the snapshot that `PATH@REF` means, or `REF` alone of the chain `here`. What stands before
-    the `@` is a chain if it has a `/` or is the directory of one; no branch has a `/`. Raises as `Chain.find`.
+    """The chain and the snapshot that `PATH@REF` means, or `REF` alone of the chain `here`. What stands
+    before the `@` is a chain if it has a `/` or is the directory of one; no branch has a `/`. Raises as
+    `Chain.find`.
     """
     place, ref = refs.split(text)
     elsewhere = "@" in text and ("/" in place or Path(place, keys.CHAIN).is_file())

@@ -1,8 +1,8 @@
 """A replica: a store that is made to hold what another holds of the same chain, under the same keys.
 
 At every moment it is a chain of its own, that may be behind: what lists a snapshot is put when all of the
-snapshot is there, and head records of a branch in the order of their numbers. So everything that reads a chain
-reads a replica, and whoever finds its source gone goes on in it.
+snapshot is there, and head records of a branch in the order of their numbers. So everything that reads a
+chain reads a replica, and whoever finds its source gone goes on in it.
 
 Which writer's records go there is settled as in any chain: by the lease. The source's own record of it is put
 in the replica too, under the same number; who finds a later one there has been replaced.
@@ -29,9 +29,9 @@ from everstep.store.base import Store
 
 @dataclass(frozen=True)
 class Standing:
-    """How a replica stands to its source, as of the last look. `number`, `snapshot` and `step` are those of the
-    newest head record of the branch in the replica (0, "" and 0 where it has none yet), `behind` how many head
-    records of the branch it lacks, `remarks` what could not be sent and why, a sentence each."""
+    """How a replica stands to its source, as of the last look. `number`, `snapshot` and `step` are those of
+    the newest head record of the branch in the replica (0, "" and 0 where it has none yet), `behind` how many
+    head records of the branch it lacks, `remarks` what could not be sent and why, a sentence each."""
 
     number: int
     snapshot: str
@@ -41,7 +41,8 @@ class Standing:
 
 
 class Mirror:
-    """Brings one replica up to its source, in passes; what it has learned of the replica it keeps for the next.
+    """Brings one replica up to its source, in passes; what it has learned of the replica it keeps for the
+    next.
 
     Args:
         source: the chain.
@@ -129,7 +130,9 @@ class Mirror:
         except NotFound as error:
             raise Unavailable(f"{self.source.url} is gone", kept="its replicas are as they were") from error
         if about.chain != self.source.about.chain:
-            raise Unavailable(f"{self.source.url} is another chain by now", kept="its replicas are as they were")
+            raise Unavailable(
+                f"{self.source.url} is another chain by now", kept="its replicas are as they were"
+            )
 
     def _have(self, branch: str) -> set[int]:
         """The numbers that the replica has, to be added to."""
@@ -137,8 +140,8 @@ class Mirror:
         return self._there.setdefault(branch, set())
 
     def _learn_packs(self, there: dict[str, set[int]]) -> None:
-        """The replica has the packs of what it lists; of those that the source lists too they are known without
-        asking it."""
+        """The replica has the packs of what it lists; of those that the source lists too they are known
+        without asking it."""
         for branch, have in there.items():
             for number in sorted(have, reverse=True)[:_LEARNED]:
                 try:
@@ -185,7 +188,8 @@ class Mirror:
         return True
 
     def _advance(self, chain: Chain, branch: str, number: int, key: str) -> bool:
-        """Send one head record, after all that it needs. False: it was pruned meanwhile, or cannot be sent."""
+        """Send one head record, after all that it needs. False: it was pruned meanwhile, or cannot be
+        sent."""
         try:
             data = fetched(self.source.store, key)
             head = record.unseal(data, HeadRecord, key)
@@ -297,8 +301,8 @@ class Mirror:
     # -- what does not stay -------------------------------------------------------------------------------
 
     def prune(self, keep: Keep) -> None:
-        """After a pass: drop of the branch what the policy does not keep, by the replica's own listing, and what
-        its source does not list either. Raises as `chain.prune.execute`."""
+        """After a pass: drop of the branch what the policy does not keep, by the replica's own listing, and
+        what its source does not list either. Raises as `chain.prune.execute`."""
         chain = self._chain
         if chain is None or self.lease is None or keep.everything or self.branch in self._parted:
             return
@@ -399,7 +403,8 @@ def _refuse_living(target: Store, branch: str, number: int) -> None:
 
 def _fenced(target: Store, branch: str, there: int, number: int) -> Fenced:
     return Fenced(
-        f"writer {there} has taken branch {branch!r} over through {target.url} from this one, writer {number}",
+        f"writer {there} has taken branch {branch!r} over from this one, writer {number}, by way of "
+        f"{target.url}",
         kept="nothing was changed there, and all that was committed is intact",
         next=f"everstep -r {target.url} log",
     )
@@ -435,8 +440,8 @@ def name_of(key: str) -> str:
 
 def of_one_line(source: Store, target: Store, branch: str, listed: set[int], have: set[int]) -> bool:
     """Whether the newest head record that both have is the same. Where they have none in common, whether the
-    writer of the older one's newest held the same lease in both: a lease is put in a replica as its source has
-    it, so that one who wrote elsewhere is told by it."""
+    writer of the older one's newest held the same lease in both: a lease is put in a replica as its source
+    has it, so that one who wrote elsewhere is told by it."""
     if not listed or not have:
         return True
     both = max(listed & have, default=0)

@@ -1,14 +1,15 @@
 """Objects of a chain from one store to another under the same keys, each verified on its way.
 
-Whoever brings a snapshot somewhere does it as a writer commits: packs, manifest, snapshot record, each durable
-before the next, and only then what names it. So whatever instant this ends at, what lists a snapshot in the
-target never lacks a part of it; and doing it again sends only what is not there yet.
+Whoever brings a snapshot somewhere does it as a writer commits: packs, manifest, snapshot record, each
+durable before the next, and only then what names it. So whatever instant this ends at, what lists a snapshot
+in the target never lacks a part of it; and doing it again sends only what is not there yet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from everstep.chain.history import SHORT
 from everstep.errors import Damaged, EverstepError, NotFound, Unavailable, Unsupported
@@ -32,7 +33,7 @@ _LIMITS = {
     keys.STEPLOG: record.MAX_SEGMENT_BYTES,
 }
 
-_SEALED = {
+_SEALED: dict[str, Any] = {
     keys.CHAIN: ChainRecord,
     keys.HEADS: HeadRecord,
     keys.TAGS: TagRecord,
@@ -158,7 +159,9 @@ def fetched(store: Store, key: str, size_bytes: int | None = None) -> Buffer:
         Damaged: it is not the one that was written.
         Unsupported: a newer version wrote it, or it is too large to be sent.
     """
-    limit = next((size for prefix, size in _LIMITS.items() if key.startswith(prefix)), record.MAX_RECORD_BYTES)
+    limit = next(
+        (size for prefix, size in _LIMITS.items() if key.startswith(prefix)), record.MAX_RECORD_BYTES
+    )
     if size_bytes is not None and size_bytes > limit:
         raise Unsupported(f"{key} of {store.url} is larger than the {limit} bytes that can be sent", key=key)
     failed: EverstepError | None = None

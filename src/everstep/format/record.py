@@ -201,9 +201,7 @@ class ReplicasRecord(msgspec.Struct, frozen=True):
         return keys.numbered(keys.REPLICAS, self.number)
 
 
-SealedRecord: TypeAlias = (
-    ChainRecord | HeadRecord | TagRecord | LeaseRecord | PruneRecord | ReplicasRecord
-)
+SealedRecord: TypeAlias = ChainRecord | HeadRecord | TagRecord | LeaseRecord | PruneRecord | ReplicasRecord
 """Each says with `key` where it belongs."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import heapq
 import itertools
 import time
@@ -36,8 +37,8 @@ class ReplicatedStore:
     object or does not answer; a listing is that of all, the first's entry before another's. Whoever checks
     digests asks `copies` one after the other, so that damage is got round too.
 
-    It is for reading. What is put and deleted here is put and deleted in the first alone: a replica gets it by
-    following (`chain.mirror`), in the order that makes it a chain of its own at every moment.
+    It is for reading. What is put and deleted here is put and deleted in the first alone: a replica gets it
+    by following (`chain.mirror`), in the order that makes it a chain of its own at every moment.
 
     Args:
         first: where a chain is written.
@@ -107,7 +108,7 @@ class ReplicatedStore:
 
     @staticmethod
     def _listing(
-        store: Store, number: int, prefix: str, failed: list[Unavailable]
+        store: Store, number: int, prefix: str, failed: builtins.list[Unavailable]
     ) -> Iterator[tuple[Entry, int]]:
         try:
             for entry in store.list(prefix):
