@@ -206,10 +206,10 @@ class Replicas:
         key = keys.numbered(keys.lease(branch), lease.number + 1)
 
         def release(store: Store) -> None:
-            if not newest(store, branch) > lease.number:
+            if newest(store, branch) == lease.number:
                 store.put(key, [bytes(fetched(chain.store, key))])
 
-        ask_all([one for one in self.near if one.url not in unsent], release, RELEASE_S)
+        ask_all([one for one in self.stores if one.url not in unsent], release, RELEASE_S)
 
     # -- what the first store lacks -----------------------------------------------------------------------
 

@@ -730,9 +730,8 @@ class Run:
         self._taking.raise_background()
 
     def _let_go_of_replicas(self) -> None:
-        if self._replicas.near:
-            unsent = self._standings.unsent()
-            self._replicas.let_go(self.chain, self._settings.branch, self._lease, unsent)
+        unsent = self._standings.unsent()
+        self._replicas.let_go(self.chain, self._settings.branch, self._lease, unsent)
 
     def _sweep(self) -> None:
         """What killed writers left half-written goes, unless another branch has a writer: it may be its."""
