@@ -23,7 +23,7 @@ from everstep.chain.retention import Keep, Line, Listed
 from everstep.chain.sending import Sending, fetched
 from everstep.errors import Conflict, Damaged, Fenced, Mismatch, NotFound, Unavailable
 from everstep.format import keys, record
-from everstep.format.record import HeadRecord, LeaseRecord, TagRecord
+from everstep.format.record import DROP, HeadRecord, LeaseRecord, TagRecord
 from everstep.store.base import Store
 
 
@@ -80,6 +80,8 @@ class Mirror:
         self._census: Census | None = None
         self._skipped: dict[str, str] = {}
         """By key, what could not be sent and why; it is not tried again."""
+        self._fences: dict[str, HeadRecord | None] = {}
+        """By key, the fence of a branch that was taken away, or None for any other head record."""
         self._newest = (0, "", 0)
         self._parted: set[str] = set()
         """Branches that the two continue differently."""
@@ -247,23 +249,36 @@ class Mirror:
         self._skipped[key] = why
 
     def _drop_dropped(self, chain: Chain, branch: str, listed: set[int]) -> None:
-        """A branch of which only a fence is left was taken away, and that fence is there by now."""
+        """What a branch was before it was taken away goes, as its fence says, which is there by now."""
         have = self._have(branch)
-        if branch == self.branch or not listed or len(have) <= len(listed):
-            return
-        for number in listed:
-            key = keys.numbered(keys.head(branch), number)
-            head = record.unseal(fetched(self.source.store, key), HeadRecord, key)
-            if head.fence is not True:
+        left = have - listed
+        for number in sorted(listed & have, reverse=True):
+            if not left or number < min(left):
                 return
-        if max(listed) == max(have):
-            versions.delete_branch(chain, branch)
-            have.intersection_update(listed)
+            fence = self._fence_of_drop(keys.numbered(keys.head(branch), number))
+            if fence is not None:
+                prefix = keys.head(branch)
+                spared = {keys.numbered(prefix, one) for one in listed}
+                spared |= objects(self.source.store, keys.steplog(branch))
+                versions.delete_branch(chain, fence, spared=spared)
+                have -= {one for one in left if one < number}
+                return
+
+    def _fence_of_drop(self, key: str) -> HeadRecord | None:
+        if key not in self._fences:
+            self._fences[key] = None
+            try:
+                head = record.unseal(fetched(self.source.store, key), HeadRecord, key)
+            except (NotFound, Damaged):
+                return None
+            if head.fence is True and head.moved is not None and head.moved.what == DROP:
+                self._fences[key] = head
+        return self._fences[key]
 
     # -- tags and the step log ----------------------------------------------------------------------------
 
     def _tags(self, chain: Chain) -> None:
-        wanted, have = _objects(self.source.store, keys.TAGS), _objects(chain.store, keys.TAGS)
+        wanted, have = objects(self.source.store, keys.TAGS), objects(chain.store, keys.TAGS)
         last = self.source.tag_keys().values()
         for key in sorted(wanted - have, reverse=True):
             if key in self._skipped:
@@ -290,7 +305,7 @@ class Mirror:
 
     def _segments(self, chain: Chain) -> None:
         """Missing ones do no harm, so neither do damaged ones."""
-        for key in sorted(_objects(self.source.store, keys.STEPLOG) - _objects(chain.store, keys.STEPLOG)):
+        for key in sorted(objects(self.source.store, keys.STEPLOG) - objects(chain.store, keys.STEPLOG)):
             try:
                 data = fetched(self.source.store, key)
             except (NotFound, Damaged):
@@ -460,10 +475,11 @@ def of_one_line(source: Store, target: Store, branch: str, listed: set[int], hav
 def numbers(store: Store) -> dict[str, set[int]]:
     """By branch, the numbers of its head records, fences too."""
     found: dict[str, set[int]] = {}
-    for key in _objects(store, keys.HEADS):
+    for key in objects(store, keys.HEADS):
         found.setdefault(key.split("/")[1], set()).add(keys.number_of(key) or 0)
     return found
 
 
-def _objects(store: Store, prefix: str) -> set[str]:
+def objects(store: Store, prefix: str) -> set[str]:
+    """The keys of the chain's objects under a prefix."""
     return {entry.key for entry in store.list(prefix) if is_object(entry.key)}

@@ -87,6 +87,9 @@ class SnapshotRecord(msgspec.Struct, frozen=True, omit_defaults=True):
 BRANCH, ROLLBACK = "branch", "rollback"
 """What moves a head without a snapshot being taken."""
 
+DROP = "drop"
+"""What a fence says of a branch that was taken away."""
+
 
 class Move(msgspec.Struct, frozen=True, omit_defaults=True):
     """Why a head was moved to a snapshot that was there before: `what` is `branch` (the branch begins with
