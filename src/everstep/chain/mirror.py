@@ -177,7 +177,8 @@ class Mirror:
 
     def _has_parted(self, chain: Chain, branch: str, listed: set[int], have: set[int]) -> bool:
         """Whether the replica has a head record that did not come from here."""
-        ahead = max(have, default=0) > max(listed, default=0)
+        # What is only to be filled up may be ahead of what it is filled up from.
+        ahead = self.lease is not None and max(have, default=0) > max(listed, default=0)
         if not ahead and of_one_line(self.source.store, chain.store, branch, listed, have):
             return False
         self._parted.add(branch)

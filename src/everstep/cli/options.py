@@ -8,8 +8,11 @@ from typing import Annotated
 
 import typer
 
+from everstep.chain.history import Chain
 from everstep.errors import NotFound
 from everstep.format import keys
+from everstep.store.replicated import ReplicatedStore
+from everstep.store.urls import open_store
 
 _REPO = typer.Option(
     "--repo",
@@ -27,6 +30,18 @@ Ref = Annotated[
         help="head, step:N, best:METRIC, a branch, a tag, an id's beginning, BRANCH@REF, or REF~N.",
     ),
 ]
+
+
+Replica = Annotated[
+    str | None,
+    typer.Option("--replica", metavar="URL", help="Read from this replica what the chain's own place lacks."),
+]
+
+
+def read_chain(context: typer.Context, repo: str | None, replica: str | None) -> Chain:
+    """The chain that a command reads, with what its own place lacks, or has damaged, out of a replica."""
+    url = chain_url(context, repo)
+    return Chain(ReplicatedStore(open_store(url), [open_store(replica)])) if replica else Chain(url)
 
 
 def chain_url(context: typer.Context, repo: str | None) -> str:

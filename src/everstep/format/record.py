@@ -84,7 +84,7 @@ class SnapshotRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     origin: Origin | None = None
 
 
-BRANCH, ROLLBACK = "branch", "rollback"
+BRANCH, ROLLBACK, COPY = "branch", "rollback", "copy"
 """What moves a head without a snapshot being taken."""
 
 DROP = "drop"
