@@ -135,7 +135,7 @@ def replicate(
         try:
             mirror = Mirror(chain, open_store(place))
             with output.progress(place, quiet=as_json) as on_progress:
-                mirror.sending.on_sent = lambda sent, m=mirror: on_progress(m.sending.sent.size_bytes, 0)  # type: ignore[misc]
+                mirror.sending.on_sent = lambda sent, m=mirror: on_progress(*[m.sending.sent.size_bytes] * 2)  # type: ignore[misc]
                 remarks = mirror.bring_up().remarks
         except EverstepError as error:
             problem, status = error, error.exit_code
