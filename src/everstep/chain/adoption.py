@@ -155,6 +155,7 @@ class Replicas:
             if not lost:
                 return lease
             lease.release()
+            self.let_go(chain, branch, lease, ())
             if isinstance(lost[0], Conflict):
                 raise lost[0]
             # Somebody else has taken it at the same moment: then that one is to be followed.
@@ -206,7 +207,8 @@ class Replicas:
         key = keys.numbered(keys.lease(branch), lease.number + 1)
 
         def release(store: Store) -> None:
-            if newest(store, branch) == lease.number:
+            mine = keys.numbered(keys.lease(branch), lease.number)
+            if newest(store, branch) == lease.number and same_object(chain.store, store, mine):
                 store.put(key, [bytes(fetched(chain.store, key))])
 
         ask_all([one for one in self.stores if one.url not in unsent], release, RELEASE_S)

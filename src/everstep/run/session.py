@@ -164,6 +164,7 @@ class Run:
                 self._begin(held, start)
             except BaseException:
                 self._lease.release()
+                self._replicas.let_go(self.chain, branch, self._lease, ())
                 raise
         except BaseException:
             self._keeper.close()
