@@ -22,6 +22,7 @@ from everstep.errors import Fenced, NotFound, Unavailable
 from everstep.events import Event, Returned, Warned
 from everstep.format import keys
 from everstep.keeper import protocol
+from everstep.keeper.arena import Arena
 from everstep.keeper.base import Followed, Outcome, Standings, Terms
 from everstep.keeper.following import FIRST_PAUSE_S, LONGEST_PAUSE_S, Follower
 from everstep.keeper.service import LINGER_S
@@ -249,6 +250,16 @@ def start(path: Path, tmp_path: Path) -> Iterator[Callable[..., Running]]:
         assert running.has_left()
 
 
+_arenas: list[Arena] = []
+
+
+@pytest.fixture(autouse=True)
+def _no_arena_is_left() -> Iterator[None]:
+    yield
+    while _arenas:
+        _arenas.pop().close()
+
+
 class Replicated:
     """A trainer of a keeper process, with a replica that the test has a hand on."""
 
@@ -261,6 +272,7 @@ class Replicated:
         terms = Terms("main", self.lease.number, "", "all", replicas=(("there", "there"),))
         self.speaker.say(protocol.Begin.under(terms))
         self.arena = self.speaker.arena()
+        _arenas.append(self.arena)
 
     def take(self, step: int) -> None:
         self.arena.memory[: LAYOUT.arena_bytes] = state(step)

@@ -254,15 +254,17 @@ from training import Training
 until, here, there = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 training = Training()
 run = training.open(here, replicas=[there], every="2 steps", keep="last 3")
+pending = None
 print("resumed", run.resumed.step if run.resumed else 0, flush=True)
 while run.step < until:
     for batch in run.steps(training.loader, until=until):
+        if pending is not None:
+            pending.durable(there, 100)
         loss = training.backward(batch)
         training.update(loss, run.step + 1)
         run.log(loss=loss)
         print("step", run.step + 1, flush=True)
-        if run.step % 4 == 3:
-            run.take().durable(there, 100)
+        pending = run.take() if run.step % 4 == 3 else None
 run.close()
 print("done", flush=True)
 """
