@@ -284,7 +284,8 @@ def _processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 def started(tmp_path: Path, until: int, here: Path, there: Path) -> subprocess.Popen[str]:
     script = SCRIPT.format(tests=str(SOURCE / "tests"))
-    command = [sys.executable, "-c", script, str(until), str(here), str(there)]
+    # Relative: what has such a path in its arguments is taken for a keeper.
+    command = [sys.executable, "-c", script, str(until), here.name, there.name]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
 
 
