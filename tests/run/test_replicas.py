@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,10 @@ from everstep.format import keys, record
 from everstep.run.settings import Settings
 from everstep.store.memory import MemoryStore
 from everstep.testing.faults import FaultyStore
+from servers.running import S3
 from training import Training, end_of, flip
+
+Bucket = Callable[[S3], str]
 
 SOURCE = Path(__file__).resolve().parents[2]
 
@@ -321,6 +324,30 @@ def test_a_killed_run_whose_disk_is_lost_ends_as_if_nothing_had_happened(tmp_pat
     assert end_of(here) == end_of(there) == end_of(tmp_path / "whole")
     assert wait_until(lambda: not keepers(tmp_path))
     assert assert_whole(here)[0] == assert_whole(there)[0] == 24
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.usefixtures("_processes")
+@pytest.mark.parametrize("server", ["moto", "ceph"])
+def test_a_replica_in_a_bucket(
+    tmp_path: Path, server: str, bucket: Bucket, request: pytest.FixtureRequest
+) -> None:
+    url = bucket(request.getfixturevalue(server)) + "/runs/gpt"
+    here = tmp_path / "here"
+    first = Training()
+    run = first.train(here, 7, replicas=[url], keep="last 2")
+    pending = run.take("last")
+    assert pending.durable(url, 100)
+    run.close()
+    assert told(first, Unsent) == []
+    assert assert_whole(url)[:2] == [7, 6]
+    shutil.rmtree(here)
+    again = closed(Training(), here, 10, replicas=[url])
+    assert [one.step for one in told(again, BroughtBack)] == [7]
+    assert wait_until(lambda: not keepers(tmp_path))
+    assert end_of(here) == end_of(url)
+    assert assert_whole(url)[0] == assert_whole(here)[0] == 10
 
 
 @pytest.mark.process

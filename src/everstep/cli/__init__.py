@@ -23,7 +23,7 @@ from everstep.cli import copy as copying
 from everstep.cli import diff, output, replicas, versions
 from everstep.cli import prune as pruning
 from everstep.cli import stats as statistics
-from everstep.cli.options import Branch, Json, Ref, Replica, Repo, chain_url, read_chain
+from everstep.cli.options import Branch, Json, Ref, Replica, Repo, chain_url, read_place
 from everstep.errors import Damaged, EverstepError, Unsupported
 from everstep.events import size
 from everstep.format import keys
@@ -161,7 +161,7 @@ def log(
     from everstep.cli import listing
 
     most = output.limit(limit)
-    chain = read_chain(context, repo, replica)
+    chain = Chain(read_place(context, repo, replica))
     branches = chain.branches() if every else [keys.checked(branch, "branch")]
     found = list(islice(listing.listed(chain, branches, every), most + 1 if most else None))
     shown = found[:most] if most else found
@@ -213,7 +213,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show all that is known about one snapshot."""
-    chain = read_chain(context, repo, replica)
+    chain = Chain(read_place(context, repo, replica))
     snapshot = chain.find(ref, branch)
     damage: EverstepError | None = None
     manifest: Manifest | None = None
@@ -393,7 +393,7 @@ def export(
     write = {"safetensors": safetensors_file.write, "torch": torch_file.write}.get(format)
     if write is None:
         raise typer.BadParameter(f"{format!r} is neither safetensors nor torch")
-    chain = read_chain(context, repo, replica)
+    chain = Chain(read_place(context, repo, replica))
     snapshot = chain.find(ref, branch)
     path = Path(out)
     with output.progress(path.name, quiet=as_json) as on_progress:

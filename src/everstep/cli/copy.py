@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from everstep.chain.copying import Row
 
 _PLACES = typer.Argument(
-    metavar="[REF]... TARGET", help="The snapshots, if not a whole branch; last, the chain they go to."
+    metavar="REF... TARGET", help="The snapshots, if not a whole branch; last, the chain they go to."
 )
 _AS = typer.Option("--as", metavar="NAME", help="The branch of the target; of the same name unless given.")
 

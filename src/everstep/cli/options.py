@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from everstep.chain.history import Chain
 from everstep.errors import NotFound
 from everstep.format import keys
+from everstep.store.base import Store
 from everstep.store.replicated import ReplicatedStore
 from everstep.store.urls import open_store
 
@@ -38,10 +38,10 @@ Replica = Annotated[
 ]
 
 
-def read_chain(context: typer.Context, repo: str | None, replica: str | None) -> Chain:
-    """The chain that a command reads, with what its own place lacks, or has damaged, out of a replica."""
+def read_place(context: typer.Context, repo: str | None, replica: str | None) -> str | Store:
+    """Where a command reads: what the chain's own place lacks, or has damaged, out of a replica."""
     url = chain_url(context, repo)
-    return Chain(ReplicatedStore(open_store(url), [open_store(replica)])) if replica else Chain(url)
+    return ReplicatedStore(open_store(url), [open_store(replica)]) if replica else url
 
 
 def chain_url(context: typer.Context, repo: str | None) -> str:

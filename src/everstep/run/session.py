@@ -160,6 +160,7 @@ class Run:
             held = self._keeper.held()
             self._lease = self._replicas.take(self.chain, branch)
             try:
+                remember(self.chain, replicas)
                 self._replicas.adopt(self.chain, branch, self._lease, settings.resume != "never")
                 self._begin(held, start)
             except BaseException:
@@ -183,11 +184,8 @@ class Run:
                 raise NotFound(error.problem, kept="nothing was touched", next=next, key=error.key) from error
             if about is None:
                 start = starting.find(settings, None)
-                chain = chains.create(self._store)
-                remember(chain, self._replicas.stores)
-                return chain, start
+                return chains.create(self._store), start
             chain = chains.create_as(self._store, about)
-        remember(chain, self._replicas.stores)
         resume.refuse_unwanted(chain, settings.resume, settings.branch)
         return chain, starting.find(settings, chain)
 
