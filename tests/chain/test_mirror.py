@@ -196,6 +196,29 @@ def test_damage_is_not_sent_on_and_what_follows_is() -> None:
     assert_restores(chain, chain.find("head"), contents[2])
 
 
+def test_a_replica_that_somebody_took_away_is_made_anew() -> None:
+    writer, contents = source()
+    target = MemoryStore("target")
+    one = mirror(writer, target)
+    one.bring_up()
+    for key in listed(target, ""):
+        target.delete(key)
+    written(writer, [contents[-1].changed(random.Random(1), "count")], 4)
+    assert one.bring_up().behind == 0
+    assert [one.step for one in assert_whole(target).snapshots()] == [4, 3, 2, 1]
+
+
+def test_what_the_replica_has_under_the_same_name_is_not_taken_for_the_same() -> None:
+    writer, _ = source(1)
+    target = MemoryStore("target")
+    Chain.create_as(target, bytes(writer.chain.store.get(keys.CHAIN)))
+    key = listed(writer.chain.store, "packs")[0]
+    target.put(key, [b"cut short"])
+    with pytest.raises(Damaged, match="of memory://target has 9 bytes"):
+        mirror(writer, target).bring_up()
+    assert listed(target, "heads") == []
+
+
 # -- what stops it -----------------------------------------------------------------------------------------
 
 

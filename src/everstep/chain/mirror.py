@@ -102,26 +102,33 @@ class Mirror:
             Unavailable: one of the two does not answer.
             Unsupported: a newer version wrote something here, or the store cannot keep a chain.
         """
-        chain = self._chain = self._chain or self._opened()
         self._refuse_lost_source()
+        chain = self._chain = self._opened()
         if self.lease is not None:
             hold(self.source.store, chain.store, self.branch, self.lease)
         if self._there is None:
             self._there = numbers(chain.store)
             self._learn_packs(self._there)
             self._parted.clear()
-        if names.newest(self.source.store, keys.PRUNES) or self._skipped:
+        if names.newest(self.source.store, keys.PRUNES):
             note_pruned(chain.store)
         listed = numbers(self.source.store)
         for branch in sorted(listed, key=lambda one: (one != self.branch, one)):
             self._branch(chain, branch, listed[branch])
         self._tags(chain)
         self._segments(chain)
-        return self._standing(chain)
+        return self._standing(chain, numbers(self.source.store).get(self.branch, set()))
 
     def _opened(self) -> Chain:
-        about = fetched(self.source.store, keys.CHAIN)
-        chain = Chain.create_as(self.target, bytes(about))
+        """The replica, made where there is none; also where somebody took it away: then nothing that was
+        known of it is true any more."""
+        try:
+            chain = Chain(self.target)
+        except NotFound:
+            self.forget()
+            self.sending.packs.clear()
+            self._census, self._newest = None, (0, "", 0)
+            chain = Chain.create_as(self.target, bytes(fetched(self.source.store, keys.CHAIN)))
         refuse_another(self.source, chain)
         return chain
 
@@ -172,7 +179,7 @@ class Mirror:
             if key not in self._skipped and self._advance(chain, branch, number, key):
                 have.add(number)
                 if branch == self.branch:
-                    self._on_advance(self._standing(chain))
+                    self._on_advance(self._standing(chain, listed))
         self._drop_dropped(chain, branch, listed)
 
     def _has_parted(self, chain: Chain, branch: str, listed: set[int], have: set[int]) -> bool:
@@ -201,7 +208,7 @@ class Mirror:
             if not exists(self.source.store, key):
                 note_pruned(chain.store)
                 return False
-            if isinstance(error, Damaged) and self._is_of_target(chain, error):
+            if error.key in self.sending.refused:
                 raise
             self._skip(key, f"{key} was not sent: {error.problem}")
             note_pruned(chain.store)
@@ -213,9 +220,6 @@ class Mirror:
         if branch == self.branch and head.fence is not True and number > self._newest[0]:
             self._newest = (number, head.snapshot, head.step)
         return True
-
-    def _is_of_target(self, chain: Chain, error: Damaged) -> bool:
-        return f" of {chain.url} has " in error.problem
 
     def _refuse_doomed(self, chain: Chain, needed: set[str], named_by: str = "") -> None:
         """Somebody may be pruning the replica: what is listed must not be about to go. Looked at before that,
@@ -291,7 +295,7 @@ class Mirror:
                 needed = self.sending.snapshot(tag.snapshot) if tag.snapshot and key in last else set()
                 self._refuse_doomed(chain, needed)
             except (NotFound, Damaged) as error:
-                if isinstance(error, Damaged) and self._is_of_target(chain, error):
+                if error.key in self.sending.refused:
                     raise
                 if exists(self.source.store, key):
                     self._skip(key, f"tag {key.split('/')[1]} was not sent: {error.problem}")
@@ -344,11 +348,11 @@ class Mirror:
         if record.unseal(data, LeaseRecord, key).pid == 0:
             self._chain.store.put(key, [data])
 
-    def _standing(self, chain: Chain) -> Standing:
+    def _standing(self, chain: Chain, listed: set[int]) -> Standing:
         if not self._newest[0]:
             head = next(chain.heads(self.branch), None)
             self._newest = (head.number, head.snapshot, head.step) if head is not None else (0, "", 0)
-        missing = numbers(self.source.store).get(self.branch, set()) - self._have(self.branch)
+        missing = listed - self._have(self.branch)
         prefix = keys.head(self.branch)
         behind = sum(keys.numbered(prefix, number) not in self._skipped for number in missing)
         return Standing(*self._newest, behind, tuple(self._skipped.values()))

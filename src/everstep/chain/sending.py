@@ -59,6 +59,7 @@ class Sending:
 
     Attributes:
         packs: the names of packs that the target is known to have.
+        refused: the keys under which it has something else.
         sent: what was put so far.
     """
 
@@ -67,6 +68,7 @@ class Sending:
     before_pack: Callable[[], None] = lambda: None
     on_sent: Callable[[int], None] = lambda size_bytes: None
     packs: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
     sent: Sent = field(default_factory=Sent)
 
     def snapshot(self, id: str) -> set[str]:
@@ -134,6 +136,7 @@ class Sending:
         `everstep verify` of the target tells."""
         there = size_of(self.target, key)
         if there is not None and there != size_bytes:
+            self.refused.add(key)
             raise Damaged(
                 f"{key} of {self.target.url} has {there} bytes, and {size_bytes} are in {self.source.url}",
                 kept="neither was touched",
