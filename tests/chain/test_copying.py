@@ -184,6 +184,20 @@ def test_tags_come_along_on_request() -> None:
     assert "tag elsewhere was not copied" in done.remarks[0]
 
 
+def test_what_is_on_several_branches_is_copied_once() -> None:
+    writer, contents = source(2)
+    versions.branch(writer.chain, "try", "step:2")
+    target = MemoryStore("target")
+    wanted = [one for name in ("main", "try") for one in of_branch(writer.chain, name)]
+    done = copying.copy(writer.chain, target, wanted)
+    there = assert_whole(target)
+    assert [(row.branch, row.step) for row in done.rows] == [("main", 1), ("main", 2), ("try", 2)]
+    assert there.find("try") == there.find("main") == there.snapshot(done.rows[1].id)
+    assert_restores(there, there.find("try"), contents[1])
+    again = copying.copy(writer.chain, target, wanted)
+    assert [row.why for row in again.rows] == ["it is there"] * 3
+
+
 def test_a_dry_run_says_the_same_and_writes_nothing() -> None:
     writer, _ = source()
     target = MemoryStore("target")

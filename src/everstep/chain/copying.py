@@ -246,6 +246,8 @@ class _Copying:
         self.known = _Known()
         self.ids: dict[str, str] = {}
         """By the source's id, the target's, of what is there or was copied."""
+        self.on: set[tuple[str, str]] = set()
+        """Branches of the target, and the source's ids of what they list."""
         self.heads: dict[str, int] = {}
         """By branch of the target, the step of its head."""
         self.footers: dict[str, pack.Footer] = {}
@@ -270,7 +272,7 @@ class _Copying:
         rows: list[Row] = []
         try:
             for one, why in zip(wanted, left, strict=True):
-                rows.append(self._row(one, why, plans.get(one.snapshot.id)))
+                rows.append(self._row(one, why, plans.pop(one.snapshot.id, None)))
         finally:
             for lease in self.leases.values():
                 lease.release()
@@ -287,9 +289,9 @@ class _Copying:
         for snapshot in self.there.snapshots(branch):
             origin = snapshot.record.origin
             if self.same:
-                self.ids[snapshot.id] = snapshot.id
+                self._note(branch, snapshot.id, snapshot.id)
             elif origin is not None and origin.chain == self.source.about.chain:
-                self.ids.setdefault(origin.snapshot, snapshot.id)
+                self._note(branch, origin.snapshot, snapshot.id)
         moves = [one.moved for one in self.there.heads(branch)][-1:]
         own = [move for move in moves if move is None or move.what != COPY] if self.same else []
         if head is not None and (head.id not in self.ids.values() or own):
@@ -300,8 +302,12 @@ class _Copying:
             )
         self.heads[branch] = -1 if head is None else head.step
 
+    def _note(self, branch: str, source: str, id: str) -> None:
+        self.on.add((branch, source))
+        self.ids.setdefault(source, id)
+
     def _why_not(self, one: Wanted) -> str:
-        if one.snapshot.id in self.ids:
+        if (one.branch, one.snapshot.id) in self.on:
             return "it is there"
         if self.there is not None and one.snapshot.step < self.heads.get(one.branch, -1):
             return "it is older than the head of the branch there"
@@ -328,8 +334,9 @@ class _Copying:
             depths=dict(self.known.depths),
         )
         for one in wanted:
-            plan = plans[one.snapshot.id] = self._plan(one, known)
-            known.learn(self._manifest(plan))
+            if one.snapshot.id not in self.ids and one.snapshot.id not in plans:
+                plan = plans[one.snapshot.id] = self._plan(one, known)
+                known.learn(self._manifest(plan))
         return plans
 
     def _plan(self, one: Wanted, known: _Known) -> _Plan:
@@ -402,12 +409,15 @@ class _Copying:
 
     def _row(self, one: Wanted, why: str, plan: _Plan | None) -> Row:
         if plan is None:
+            # Not to be sent, or there already, on another branch: then this one names it too.
             id = self.ids.get(one.snapshot.id, "")
+            if not why and not self.dry_run:
+                self._list(one, id)
             return Row(one.snapshot.id, id, one.branch, one.snapshot.step, 0, 0, why)
         if self.renamed:
             plan = self._plan(one, self.known)
         id = "" if self.dry_run else self._commit(plan)
-        self.ids[one.snapshot.id] = id
+        self._note(one.branch, one.snapshot.id, id)
         shared, sent = plan.shared_bytes, plan.sent_bytes
         return Row(one.snapshot.id, id, one.branch, one.snapshot.step, sent, shared)
 
@@ -437,6 +447,20 @@ class _Copying:
             kept="what was copied before stands",
             next="the same again",
         )
+
+    def _list(self, one: Wanted, id: str) -> None:
+        """Have a branch name a snapshot that the target has."""
+        assert self.there is not None
+        snapshot = self.there.snapshot(id)
+        needed = set(self.there.manifest(snapshot).packs)
+        self._advance(snapshot, one, self._lease(one.branch))
+        if id in self.doomed.names or self._gone(needed):
+            self.target.delete(self._last)
+            raise Conflict(
+                f"snapshot {snapshot.short} of {self.there.url} is being pruned",
+                kept="what was copied before stands",
+                next="the same again",
+            )
 
     def _lease(self, branch: str) -> Lease:
         assert self.there is not None
