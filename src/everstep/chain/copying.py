@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -27,10 +27,11 @@ from everstep.chain.lease import Lease
 from everstep.chain.names import exists
 from everstep.chain.packing import PACK_BYTES
 from everstep.chain.sending import PACKS_AT_ONCE, Sending, size_of
+from everstep.chain.sharing import Known, NewPack, is_shallow
 from everstep.errors import Conflict, Damaged, EverstepError, Mismatch, NotFound, Unsupported
 from everstep.format import keys, pack, record
 from everstep.format import manifest as manifests
-from everstep.format.chunk import MAX_XOR_DEPTH, Encoding, aligned, digest
+from everstep.format.chunk import Encoding, aligned, digest
 from everstep.format.manifest import Manifest, Place, StoredChunk
 from everstep.format.record import COPY, HeadRecord, Move, Origin, SnapshotRecord
 from everstep.store.base import Buffer, Store
@@ -144,32 +145,10 @@ def copy(
 
 
 @dataclass(frozen=True)
-class _NewPack:
-    """A pack of the target: chunks of the source, in this order, as they are stored."""
-
-    name: str
-    size_bytes: int
-    parts: tuple[tuple[str, pack.Entry], ...]
-    """For each chunk, its pack in the source and its entry there."""
-    entries: tuple[pack.Entry, ...]
-    salt: bytes = bytes(16)
-
-    @classmethod
-    def of(cls, parts: Sequence[tuple[str, pack.Entry]], salt: bytes = bytes(16)) -> _NewPack:
-        entries, end = [], 0
-        for _, one in parts:
-            entries.append(replace(one, offset=end))
-            end = aligned(end + one.stored_bytes)
-        footer = pack.encode_footer(pack.Footer(tuple(entries), salt))
-        size = aligned(end + len(footer) + pack.TRAILER_BYTES)
-        return cls(digest(footer), size, tuple(parts), tuple(entries), salt)
-
-
-@dataclass(frozen=True)
 class _Plan:
     wanted: Wanted
     manifest: Manifest
-    packs: tuple[_NewPack, ...]
+    packs: tuple[NewPack, ...]
     chunks: tuple[StoredChunk, ...]
     places: tuple[Place, ...]
     sizes: dict[str, int]
@@ -188,51 +167,6 @@ class _Plan:
         )
 
 
-@dataclass
-class _Known:
-    """The chunks that the target has, and where; what a chunk builds on is known too, at most so deep that a
-    reader takes it, and nothing builds on itself."""
-
-    chunks: dict[str, tuple[StoredChunk, Place]] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-    depths: dict[str, int] = field(default_factory=dict)
-
-    def learn(self, manifest: Manifest) -> None:
-        self.sizes |= manifest.packs
-        for chunk, place in _bases_first(manifest):
-            if chunk.digest in self.chunks or (place.base and place.base not in self.chunks):
-                continue
-            depth = self.depths[place.base] + 1 if place.base else 0
-            if depth <= MAX_XOR_DEPTH:
-                self.chunks[chunk.digest], self.depths[chunk.digest] = (chunk, place), depth
-
-    def forget(self, packs: set[str]) -> None:
-        """And what builds on something in them."""
-        gone = {name for name, (_, place) in self.chunks.items() if place.pack in packs}
-        while gone:
-            for name in gone:
-                del self.chunks[name], self.depths[name]
-            gone = {name for name, (_, place) in self.chunks.items() if place.base in gone}
-
-    def below(self, name: str) -> Iterator[str]:
-        """A chunk, and all that it builds on."""
-        while name:
-            yield name
-            name = self.chunks[name][1].base
-
-
-def _bases_first(manifest: Manifest) -> Iterator[tuple[StoredChunk, Place]]:
-    done: set[str] = set()
-    for chunk in manifest.chunks:
-        line = []
-        name = chunk.digest
-        while name and name not in done:
-            line.append(manifest.place_of[name])
-            done.add(name)
-            name = line[-1][1].base
-        yield from reversed(line)
-
-
 class _Copying:
     def __init__(
         self, source: Chain, target: Store, there: Chain | None, dry_run: bool, on_progress: OnProgress
@@ -243,7 +177,7 @@ class _Copying:
         self.dry_run = dry_run
         self.on_progress = on_progress
         self.same = there is not None and there.about.chain == source.about.chain
-        self.known = _Known()
+        self.known = Known()
         self.ids: dict[str, str] = {}
         """By the source's id, the target's, of what is there or was copied."""
         self.on: set[tuple[str, str]] = set()
@@ -339,7 +273,7 @@ class _Copying:
                 known.learn(self._manifest(plan))
         return plans
 
-    def _plan(self, one: Wanted, known: _Known) -> _Plan:
+    def _plan(self, one: Wanted, known: Known) -> _Plan:
         manifest = self.source.manifest(one.snapshot)
         if len(one.snapshot.record.manifests) != 1:
             raise Unsupported(f"snapshot {one.snapshot.short} was taken by several ranks")
@@ -355,14 +289,14 @@ class _Copying:
                 # What is there may build on what only the target has.
                 needed |= dict.fromkeys(known.below(name))
         found = [places.get(name) or known.chunks[name] for name in needed]
-        if not _is_shallow(found):
-            return self._plan(one, _Known())
+        if not is_shallow(found):
+            return self._plan(one, Known())
         sizes = {new.name: new.size_bytes for new in packs}
         sizes |= {place.pack: known.sizes[place.pack] for _, place in found if place.pack not in sizes}
         chunks, stored = tuple(chunk for chunk, _ in found), tuple(place for _, place in found)
         return _Plan(one, manifest, packs, chunks, stored, sizes)
 
-    def _new_packs(self, manifest: Manifest, known: _Known) -> Iterator[_NewPack]:
+    def _new_packs(self, manifest: Manifest, known: Known) -> Iterator[NewPack]:
         missing: dict[str, list[Place]] = {}
         wanted: dict[tuple[str, int], str] = {}
         for chunk, place in zip(manifest.chunks, manifest.places, strict=True):
@@ -379,13 +313,13 @@ class _Copying:
             if len(parts) != len(places):
                 raise Damaged(f"{keys.pack(name)} lacks what a manifest says", key=keys.pack(name))
             if len(parts) == len(footer.entries):
-                yield _NewPack.of(parts, footer.salt)
+                yield NewPack.of(parts, footer.salt)
                 continue
             loose += parts
         while loose:
             sizes = itertools.accumulate(aligned(entry.stored_bytes) for _, entry in loose)
             count = sum(size <= PACK_BYTES for size in sizes) or 1
-            yield _NewPack.of(loose[:count])
+            yield NewPack.of(loose[:count])
             loose = loose[count:]
 
     def _footer(self, name: str, size_bytes: int) -> pack.Footer:
@@ -487,7 +421,7 @@ class _Copying:
             raise Damaged(f"snapshot record {digest(data)[:SHORT]} of {self.target.url} is damaged")
         return Snapshot(digest(data), made), set(manifest.packs)
 
-    def _manifest(self, plan: _Plan, renamed: dict[str, _NewPack] | None = None) -> Manifest:
+    def _manifest(self, plan: _Plan, renamed: dict[str, NewPack] | None = None) -> Manifest:
         names = {old: new.name for old, new in (renamed or {}).items()}
         return msgspec.structs.replace(
             plan.manifest,
@@ -523,21 +457,21 @@ class _Copying:
         except (Damaged, NotFound):
             return False
 
-    def _put_pack(self, new: _NewPack) -> tuple[str, _NewPack]:
+    def _put_pack(self, new: NewPack) -> tuple[str, NewPack]:
         """Put a pack, unless it is there; under another name where that one cannot be relied on. Returns the
         name that was planned, and what was put."""
         planned = new.name
         while new.name in self.doomed.names or size_of(self.target, keys.pack(new.name)) != new.size_bytes:
             if new.name in self.doomed.names:
-                new = _NewPack.of(new.parts, secrets.token_bytes(16))
+                new = NewPack.of(new.parts, secrets.token_bytes(16))
                 continue
             if self.target.put(keys.pack(new.name), self._parts(new)):
                 break
-            new = _NewPack.of(new.parts, secrets.token_bytes(16))
+            new = NewPack.of(new.parts, secrets.token_bytes(16))
         self._count(new.size_bytes)
         return planned, new
 
-    def _parts(self, new: _NewPack) -> list[Buffer]:
+    def _parts(self, new: NewPack) -> list[Buffer]:
         """The bytes of a pack, each chunk held against its digest or check."""
         builder = pack.Builder()
         for (name, entry), ours in zip(new.parts, new.entries, strict=True):
@@ -609,15 +543,3 @@ class _Copying:
             except Mismatch as error:
                 self.remarks.append(f"tag {name} was not copied: {error.problem}")
         return named
-
-
-def _is_shallow(found: Sequence[tuple[StoredChunk, Place]]) -> bool:
-    """Whether no chunk builds on more than a reader takes."""
-    bases = {chunk.digest: place.base for chunk, place in found}
-    for name in bases:
-        depth = 0
-        while bases.get(name, ""):
-            name, depth = bases[name], depth + 1
-            if depth > MAX_XOR_DEPTH:
-                return False
-    return True
