@@ -229,6 +229,14 @@ def test_replicas_of_different_chains_are_refused() -> None:
         Host(one.chain.store, two.replicas.stores)
 
 
+def test_a_replica_whose_place_holds_something_else_is_refused() -> None:
+    first, junk = MemoryStore("first"), MemoryStore("junk")
+    junk.put("readme", [b"mine"])
+    with pytest.raises(Mismatch, match="is not an Everstep chain and not empty either"):
+        Host(first, [junk])
+    assert list(first.list("leases")) == []
+
+
 def test_a_run_is_not_begun_anew_while_a_replica_does_not_answer() -> None:
     away = FaultyStore(MemoryStore("replica"), 0, lambda: Unavailable("away"), verbs=READS)
     empty = MemoryStore("empty")

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 from everstep.chain.doomed import note_pruned
 from everstep.chain.fence import fence_former, put_fence
-from everstep.chain.history import Chain
+from everstep.chain.history import Chain, refuse_foreign
 from everstep.chain.lease import Lease, newest
 from everstep.chain.mirror import hold, numbers, of_one_line, refuse_another, same_object
 from everstep.chain.names import is_object
@@ -175,6 +175,7 @@ class Replicas:
             try:
                 refuse_another(chain, Chain(store))
             except NotFound:
+                refuse_foreign(store)
                 return False
             return True
 
@@ -211,7 +212,8 @@ class Replicas:
             if newest(store, branch) == lease.number and same_object(chain.store, store, mine):
                 store.put(key, [bytes(fetched(chain.store, key))])
 
-        ask_all([one for one in self.stores if one.url not in unsent], release, RELEASE_S)
+        near = [one for one in self.stores if one.url not in unsent and one not in self._away]
+        ask_all(near, release, RELEASE_S)
 
     # -- what the first store lacks -----------------------------------------------------------------------
 

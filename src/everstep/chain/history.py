@@ -131,7 +131,7 @@ class Chain:
         try:
             return cls(store)
         except NotFound:
-            _refuse_foreign(store)
+            refuse_foreign(store)
         if isinstance(store, Probing):
             store.probe()
         # Who loses this race finds the winner's chain just as well.
@@ -513,8 +513,9 @@ def _located(read: Callable[[], Kind], key: str) -> Kind:
         raise
 
 
-def _refuse_foreign(store: Store) -> None:
-    """A chain is created only where nothing else is: a mistyped path must not fill with packs."""
+def refuse_foreign(store: Store) -> None:
+    """A chain is created only where nothing else is: a mistyped path must not fill with packs. Raises
+    Mismatch."""
     if isinstance(store, LocalStore):
         if store.root.exists() and not store.root.is_dir():
             raise Mismatch(f"{store.url} is a file, not a directory for a chain", kept="nothing was touched")

@@ -437,7 +437,8 @@ def keeper(as_json: Json = False) -> None:
 
 def _keeper_row(one: Status) -> tuple[object, ...]:
     sends = [
-        f"sends {output.count(count, 'snapshot')} to {url}" for url, count in one.unsent.items() if count
+        f"sends {output.count(count, 'snapshot')} to {url}" if count else f"looks what {url} lacks"
+        for url, count in one.unsent.items()
     ]
     work = ", ".join([*(f"{job.phase} step {job.step}" for job in one.jobs), *sends])
     held = f"holds {one.held[:SHORT]}" if one.held else "nothing to do"

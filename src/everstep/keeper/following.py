@@ -23,8 +23,9 @@ FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 """A replica that has failed is tried again after a pause, which doubles."""
 
-TURN_S = 2.0
-"""So long a pack waits for a snapshot that is being stored: the chain's own store comes first."""
+TURN_S = 30.0
+"""So long at most a pack waits for a snapshot that is being stored: the chain's own store comes first, but
+where one follows right on the other a replica is not to wait for ever."""
 
 _JOIN_S = 5.0
 
