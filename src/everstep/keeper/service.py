@@ -168,10 +168,10 @@ class Service:
     def _over(self) -> bool:
         if self._trainer is not None or not self._finished:
             return False
-        if self._hurried or (self._leaving and not self._sends()):
+        if self._hurried:
             return True
         heirs = any(peer.heir for peer in self._peers)
-        return not heirs and not self._leaving and self._clock() >= self._due and not self._sends()
+        return not heirs and (self._leaving or self._clock() >= self._due) and not self._sends()
 
     def _sends(self) -> bool:
         """Whether a replica still gets something: as long as it takes, but not while nothing can be sent."""
@@ -336,6 +336,7 @@ class Service:
                 raise Damaged(f"{type(message).__name__} is for a trainer to say")
             case protocol.Goodbye():
                 self._leaving = True
+                peer.heir = False
                 self._let_go()
             case _:
                 self._pass_on(self._work, message, peer.unclaimed)
