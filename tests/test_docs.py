@@ -844,7 +844,7 @@ def variables(text: str) -> set[str]:
     return set(re.findall(r"\bEVERSTEP_[A-Z]+(?:_[A-Z]+)*\b", text))
 
 
-NOT_ARGUMENTS = {"keeper", "paranoid"}
+NOT_ARGUMENTS = {"keeper", "paranoid", "replica_wait"}
 """Settings that only a variable changes."""
 
 
@@ -861,6 +861,7 @@ def test_variables_are_documented(path: Path) -> None:
             "max_arena_bytes": "2GB",
             "keeper": "thread",
             "unsafe_single_writer": "1",
+            "replica_wait": "5",
         }.get(name, "all")
         changed = Settings("a").overridden({variable: value})
         assert getattr(changed, name) != getattr(Settings("a"), name), f"{variable} changes nothing"

@@ -64,6 +64,7 @@ def open(
     max_arena_bytes: int | str | None = None,
     start: str = "",
     unsafe_single_writer: bool = False,
+    replicas: Sequence[str | PathLike[str] | Store] | str = (),
     **objects: object,
 ) -> Run:
     """Open a run: the first time it starts, every other time it goes on where it stopped, exactly.
@@ -99,6 +100,9 @@ def open(
             the branch is there, the same command goes on with it.
         unsafe_single_writer: use an object store that overwrites although it was asked not to, or cannot be
             asked. Two writers at a time then destroy each other's snapshots, so there must never be two.
+        replicas: where copies of the chain are kept, directories or URLs: `["s3://bucket/runs/gpt"]`. Each
+            follows by itself, without holding anything up, and is a whole chain at every moment. Where `repo`
+            is lost or behind, the run goes on from the newest snapshot of them all.
         **objects: everything the next step depends on, by name: modules, optimizers, schedulers, scalers,
             anything with `state_dict` and `load_state_dict`, random generators, dicts, lists and plain values
             (found again in `run.values`). The global random generators are kept without being named.
@@ -107,11 +111,12 @@ def open(
         Mismatch: the state does not fit the objects, or `repo` is something else than a chain: nothing was
             touched.
         NotFound: there is no such snapshot.
-        Conflict: another process is writing to this chain.
+        Conflict: another process is writing to this chain; or it has gone on differently in a replica.
         Damaged: there are snapshots and none can be verified.
         Unsupported: an object cannot be stored (the message names it), a newer version wrote the chain, or
             the store cannot keep one.
-        Unavailable: the store does not answer.
+        Unavailable: the store does not answer; or `repo` is empty and a replica, which may have the run, does
+            not answer.
     """
     from everstep.run import settings
 
@@ -121,9 +126,8 @@ def open(
         return DisabledRun(objects, data)  # type: ignore[return-value]
     from everstep.run.session import Run
 
-    place = fspath(repo) if isinstance(repo, PathLike) else repo
     chosen = settings.Settings(
-        place,
+        _plain(repo),
         every,
         keep,
         resume,
@@ -133,8 +137,13 @@ def open(
         max_arena_bytes,
         start,
         unsafe_single_writer,
+        replicas if isinstance(replicas, str) else [_plain(one) for one in replicas],
     ).overridden()
     return Run(chosen, objects, data, config=config, chains=Chain)
+
+
+def _plain(place: str | PathLike[str] | Store) -> str | Store:
+    return fspath(place) if isinstance(place, PathLike) else place
 
 
 def load(

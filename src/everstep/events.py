@@ -72,6 +72,47 @@ class Resumed:
 
 
 @dataclass(frozen=True)
+class BroughtBack:
+    """The chain's own store lacked the newest snapshot, and now has it from a replica."""
+
+    url: str
+    replica: str
+    snapshot: str
+    step: int
+    size_bytes: int
+
+    def __str__(self) -> str:
+        what = f"{self.snapshot[:8]} step {self.step} ({size(self.size_bytes)})"
+        return f"{self.url}: brings {what} back from {self.replica}"
+
+
+@dataclass(frozen=True)
+class Returned:
+    """A replica that did not get anything does again; `behind` snapshots are sent now."""
+
+    replica: str
+    behind: int
+
+    def __str__(self) -> str:
+        left = f"{self.behind} more to go" if self.behind else "it has all there is"
+        return f"the replica {self.replica} is back; {left}"
+
+
+@dataclass(frozen=True)
+class Unsent:
+    """The run ends, or goes on, without a replica having all of it: `behind` snapshots are not there yet.
+    `goes_on`: a keeper sends them; else the next run does."""
+
+    replica: str
+    behind: int
+    goes_on: bool
+
+    def __str__(self) -> str:
+        lacks = f"{self.replica} lacks {self.behind} snapshot{'s' if self.behind != 1 else ''} yet"
+        return f"{lacks}; " + ("the keeper goes on sending" if self.goes_on else "the next run sends them")
+
+
+@dataclass(frozen=True)
 class RolledBack:
     """The head of a branch was moved back to a snapshot, from that of another step. `from_step` and `to_step`
     are the same where it was there already."""
@@ -129,11 +170,14 @@ class Taken:
     logical_bytes: int
     stall_ms: float
     durable_ms: float
+    behind: tuple[tuple[str, int], ...] = ()
+    """By replica, how many steps its newest snapshot is behind this one."""
 
     def __str__(self) -> str:
         sizes = f"{size(self.new_bytes)} new of {size(self.logical_bytes)}"
         times = f"stalled {self.stall_ms:.0f} ms · durable in {self.durable_ms / 1e3:.2f} s"
-        return f"snapshot {self.snapshot[:6]} step {self.step} · {sizes} · {times}"
+        lags = "".join(f" · {replica} -{steps} steps" for replica, steps in self.behind if steps)
+        return f"snapshot {self.snapshot[:6]} step {self.step} · {sizes} · {times}{lags}"
 
 
 @dataclass(frozen=True)
@@ -219,6 +263,9 @@ Event: TypeAlias = (
     Opened
     | Started
     | Resumed
+    | BroughtBack
+    | Returned
+    | Unsent
     | RolledBack
     | Drifted
     | Skipped
@@ -253,7 +300,7 @@ def json_lines(event: Event) -> None:
 
 def quiet(event: Event) -> None:
     """Nothing but what a user must not miss: warnings and failures."""
-    if isinstance(event, Warned | Failed | Skipped | Parted) or (
+    if isinstance(event, Warned | Failed | Skipped | Parted | BroughtBack | Unsent) or (
         isinstance(event, Drifted) and not event.safe
     ):
         lines(event)

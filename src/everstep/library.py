@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     import torch
 
     from everstep.chain.compare import Difference
+    from everstep.chain.copying import Copied
     from everstep.chain.export import Exported
     from everstep.events import RolledBack
     from everstep.run.loading import Loaded
+    from everstep.store.base import Store
 
 
 class Chain(history.Chain):
@@ -82,6 +84,39 @@ class Chain(history.Chain):
 
         (before, one), (after, other) = (history.find_anywhere(ref, lambda: self, branch) for ref in (a, b))
         return compare(before, one, after, other, values=values)
+
+    # -- other stores -------------------------------------------------------------------------------------
+
+    def copy_to(
+        self,
+        target: str | PathLike[str] | Store,
+        *refs: str,
+        branch: str = MAIN,
+        to: str = "",
+        all: bool = False,
+        tags: bool = False,
+        dry_run: bool = False,
+    ) -> Copied:
+        """Copy snapshots into another chain, which is created where there is none: those that `refs` mean,
+        all that led to the head of `branch` where none are named, or those of all branches. What is there is
+        not sent: snapshots, and chunks in whatever pack. See `everstep.chain.copying.copy` for the errors.
+
+        Args:
+            branch: the one that is copied, and that `refs` speak of.
+            to: the branch of the target that they go to; of the same name unless given.
+            tags: give them the tags that they have here.
+            dry_run: only say what would be sent.
+        """
+        from everstep.chain import copying
+        from everstep.store.urls import open_store
+
+        if all:
+            wanted = [one for name in self.branches() for one in copying.of_branch(self, name, to)]
+        elif refs:
+            wanted = copying.of_refs(self, refs, branch, to)
+        else:
+            wanted = copying.of_branch(self, branch, to)
+        return copying.copy(self, open_store(target), wanted, tags=tags, dry_run=dry_run)
 
     # -- states -------------------------------------------------------------------------------------------
 

@@ -58,6 +58,7 @@ SAID_TO_KEEPER: list[Message] = [
     protocol.Ask(),
     protocol.Settle(),
     protocol.Begin.under(Terms("main", 3, "", "last 3")),
+    protocol.Begin.under(Terms("main", 3, "ab" * 32, "all", True, (("s3://b/x", "s3://b/x"),))),
     protocol.Prepare(1, 4096),
     protocol.Bring(2),
     protocol.Discard(1),
@@ -90,6 +91,8 @@ SAID_TO_TRAINER: list[Message] = [
     protocol.Done(4, 12.5, problem=PROBLEM),
     protocol.Tidied(4),
     protocol.Warned("careful"),
+    protocol.Stands("s3://b/x", "ab" * 32, 7, 2),
+    protocol.Stands("s3://b/x", problem="away", fenced=PROBLEM),
 ]
 SAID = [(TO_KEEPER, one) for one in SAID_TO_KEEPER] + [(TO_TRAINER, one) for one in SAID_TO_TRAINER]
 NAMES = [f"{number}-{type(one).__name__}" for number, (_, one) in enumerate(SAID)]

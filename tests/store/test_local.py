@@ -6,6 +6,7 @@ import errno
 import mmap
 import multiprocessing
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -628,3 +629,12 @@ def test_errors_name_the_object(tmp_path: Path) -> None:
         LocalStore(tmp_path / "chain").get("heads/main/1")
     assert str(tmp_path / "chain") in str(caught.value)
     assert "heads/main/1" in str(caught.value)
+
+
+def test_a_directory_that_was_taken_away_is_made_again(tmp_path: Path) -> None:
+    """As a keeper that outlives its trainer finds it, when somebody has moved the chain's directory away."""
+    store = LocalStore(tmp_path / "chain")
+    assert store.put("packs/one", [b"1"])
+    shutil.rmtree(tmp_path / "chain")
+    assert store.put("packs/two", [b"2"])
+    assert [entry.key for entry in store.list()] == ["packs/two"]

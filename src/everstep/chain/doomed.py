@@ -84,6 +84,13 @@ def announce(
     return Announced(store, mine, at)
 
 
+def note_pruned(store: Store) -> None:
+    """Make sure that a chain says that numbers may be missing in it: a replica does not get what was pruned
+    before it was sent. Durable on return; nothing is put where a prune was noted before."""
+    if not names.newest(store, keys.PRUNES):
+        _put(store, (), (), ())
+
+
 def _put(
     store: Store, snapshots: tuple[str, ...], manifests: tuple[str, ...], packs: tuple[str, ...]
 ) -> PruneRecord:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import secrets
 
+from msgspec import UNSET, UnsetType
+
 from everstep.chain import lease
 from everstep.chain.history import Chain, now
 from everstep.chain.lease import Lease
 from everstep.errors import Damaged, NotFound, Unsupported
 from everstep.format import keys, record
-from everstep.format.record import NO_SNAPSHOT, HeadRecord
+from everstep.format.record import NO_SNAPSHOT, HeadRecord, Move
 
 
 def fence_former(chain: Chain, mine: Lease) -> None:
@@ -27,8 +29,12 @@ def fence_former(chain: Chain, mine: Lease) -> None:
     """
     newest = _newest(chain, mine.branch)
     floor = newest.writer if newest is not None else 0
-    if not lease.may_be_followed_late(chain.store, mine.branch, floor, mine.number):
-        return
+    if lease.may_be_followed_late(chain.store, mine.branch, floor, mine.number):
+        put_fence(chain, mine)
+
+
+def put_fence(chain: Chain, mine: Lease, move: Move | UnsetType = UNSET) -> HeadRecord:
+    """Put a fence on the lease's branch; durable on return. Raises Fenced."""
     while True:
         newest = _newest(chain, mine.branch)
         fence = HeadRecord(
@@ -39,12 +45,13 @@ def fence_former(chain: Chain, mine: Lease) -> None:
             at=now(),
             branch=mine.branch,
             number=chain.head_number(mine.branch) + 1,
+            move=move,
             fence=True,
         )
         mine.check()
         # Where the former one was faster, it has committed once more, and that is its last.
         if chain.store.put(fence.key, [record.seal(fence)]):
-            return
+            return fence
 
 
 def _newest(chain: Chain, branch: str) -> HeadRecord | None:

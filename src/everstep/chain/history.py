@@ -17,10 +17,10 @@ import msgspec
 
 from everstep.chain import refs
 from everstep.chain.names import exists, is_object, newest
-from everstep.errors import Damaged, EverstepError, Mismatch, NotFound, Unsupported
+from everstep.errors import Damaged, EverstepError, Mismatch, NotFound, Unavailable, Unsupported
 from everstep.format import keys, record
 from everstep.format import manifest as manifests
-from everstep.format.chunk import GRID_BYTES, digest
+from everstep.format.chunk import GRID_BYTES, Buffer, digest
 from everstep.format.manifest import Manifest
 from everstep.format.record import (
     ROLLBACK,
@@ -33,6 +33,7 @@ from everstep.format.record import (
 )
 from everstep.store.base import PROBES, Probing, Store
 from everstep.store.local import TEMPORARY, LocalStore
+from everstep.store.replicated import copies_of
 from everstep.store.urls import open_store
 
 MAIN = "main"
@@ -42,6 +43,9 @@ SHORT = 8
 _ID_PREFIX = re.compile("[0-9a-f]{4,64}")
 
 Kind = TypeVar("Kind", bound=msgspec.Struct)
+Made = TypeVar("Made")
+
+_WEIGHT: dict[type[EverstepError], int] = {NotFound: 0, Unavailable: 1, Damaged: 2}
 
 
 @dataclass(frozen=True)
@@ -117,16 +121,21 @@ class Chain:
             Mismatch: something else is there; nothing was touched.
             Unsupported: the store cannot keep a chain, as its probe has found.
         """
+        fresh = ChainRecord(chain=secrets.token_hex(16), created_at=now(), grid_bytes=grid_bytes)
+        return cls.create_as(url, record.seal(fresh))
+
+    @classmethod
+    def create_as(cls, url: str | PathLike[str] | Store, sealed: bytes) -> Chain:
+        """The same with a given chain record: so a replica becomes the same chain as what it is one of."""
         store = open_store(url)
         try:
             return cls(store)
         except NotFound:
-            _refuse_foreign(store)
+            refuse_foreign(store)
         if isinstance(store, Probing):
             store.probe()
-        fresh = ChainRecord(chain=secrets.token_hex(16), created_at=now(), grid_bytes=grid_bytes)
         # Who loses this race finds the winner's chain just as well.
-        store.put(keys.CHAIN, [record.seal(fresh)])
+        store.put(keys.CHAIN, [sealed])
         return cls(store)
 
     @property
@@ -138,10 +147,13 @@ class Chain:
     def snapshot(self, id: str) -> Snapshot:
         """The snapshot with this full id. Raises NotFound, Damaged."""
         key = keys.snapshot(id)
-        data = self.store.get(key, 0, record.MAX_RECORD_BYTES + 1)
-        if digest(data) != id:
-            raise Damaged(f"snapshot record {id[:SHORT]} does not match its digest", key=key)
-        return Snapshot(id, _located(lambda: record.decode(data, SnapshotRecord), key))
+
+        def accept(data: Buffer) -> Snapshot:
+            if digest(data) != id:
+                raise Damaged(f"snapshot record {id[:SHORT]} does not match its digest", key=key)
+            return Snapshot(id, _located(lambda: record.decode(data, SnapshotRecord), key))
+
+        return self._from_any(key, record.MAX_RECORD_BYTES, accept)
 
     def refuse_pruned(self, snapshot: Snapshot, what: str) -> None:
         """For who misses a part of a snapshot: raises NotFound where all of it was pruned while it `what`."""
@@ -157,20 +169,40 @@ class Chain:
         """The manifest of one rank of a snapshot. Raises Damaged, also where it is missing."""
         name = snapshot.record.manifests[rank]
         key = keys.manifest(name)
+
+        def accept(data: Buffer) -> Manifest:
+            if digest(data) != name:
+                raise Damaged(f"manifest {name[:SHORT]} does not match its digest", key=key)
+            return _located(lambda: manifests.decode(data), key)
+
         try:
-            data = self.store.get(key, 0, manifests.MAX_STORED_BYTES + 1)
+            manifest = self._from_any(key, manifests.MAX_STORED_BYTES, accept)
         except NotFound as error:
             raise Damaged(f"manifest {name[:SHORT]} of {snapshot.short} is missing", key=key) from error
-        if digest(data) != name:
-            raise Damaged(f"manifest {name[:SHORT]} does not match its digest", key=key)
-        manifest = _located(lambda: manifests.decode(data), key)
         if len(snapshot.record.manifests) == 1 and manifest.state != snapshot.record.state:
             raise Damaged(f"snapshot {snapshot.short} and its manifest name different states", key=key)
         return manifest
 
     def _sealed(self, key: str, kind: type[Sealed]) -> Sealed:
-        data = self.store.get(key, 0, record.MAX_RECORD_BYTES + 1)
-        return _located(lambda: record.unseal(data, kind, key), key)
+        def accept(data: Buffer) -> Sealed:
+            return _located(lambda: record.unseal(data, kind, key), key)
+
+        return self._from_any(key, record.MAX_RECORD_BYTES, accept)
+
+    def _from_any(self, key: str, limit: int, accept: Callable[[Buffer], Made]) -> Made:
+        """What `accept` makes of an object; where the store has several copies, of the first that is good. Of
+        what is wrong with them damage weighs more than that one is away, and that more than that one lacks
+        it.
+        """
+        failed: Damaged | Unavailable | NotFound | None = None
+        for store in copies_of(self.store):
+            try:
+                return accept(store.get(key, 0, limit + 1))
+            except (Damaged, Unavailable, NotFound) as error:
+                if failed is None or _WEIGHT[type(error)] > _WEIGHT[type(failed)]:
+                    failed = error
+        assert failed is not None
+        raise failed
 
     # -- history ------------------------------------------------------------------------------------------
 
@@ -482,8 +514,9 @@ def _located(read: Callable[[], Kind], key: str) -> Kind:
         raise
 
 
-def _refuse_foreign(store: Store) -> None:
-    """A chain is created only where nothing else is: a mistyped path must not fill with packs."""
+def refuse_foreign(store: Store) -> None:
+    """A chain is created only where nothing else is: a mistyped path must not fill with packs. Raises
+    Mismatch."""
     if isinstance(store, LocalStore):
         if store.root.exists() and not store.root.is_dir():
             raise Mismatch(f"{store.url} is a file, not a directory for a chain", kept="nothing was touched")

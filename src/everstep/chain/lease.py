@@ -51,8 +51,11 @@ class Lease:
         self.branch = branch
 
     @classmethod
-    def take(cls, store: Store, branch: str = MAIN) -> Lease:
+    def take(cls, store: Store, branch: str = MAIN, above: int = 0) -> Lease:
         """Become the writer; durable on return. A few small requests.
+
+        Args:
+            above: the number is to be higher: a writer that has it holds the branch elsewhere.
 
         Raises:
             Conflict: a living process of this machine is the writer. (A writer on another machine cannot
@@ -61,7 +64,7 @@ class Lease:
         while True:
             refuse_living(store, branch)
             _retire_that_of_all_branches(store)
-            mine = _owner(os.getpid(), newest(store, branch) + 1, branch)
+            mine = _owner(os.getpid(), max(newest(store, branch), above) + 1, branch)
             if store.put(mine.key, [record.seal(mine)]):
                 return cls(store, mine.number, branch)
 

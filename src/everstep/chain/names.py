@@ -23,7 +23,7 @@ _OBJECT = re.compile(
             f"(?:{keys.MANIFESTS}|{keys.SNAPSHOTS}){_DIGEST}",
             f"(?:{keys.HEADS}|{keys.TAGS}){_NAME}/{_NUMBER}",
             f"{keys.LEASES}(?:{_NAME}/)?{_NUMBER}",
-            f"(?:{keys.PRUNES}|{keys.RELOCATIONS}){_NUMBER}",
+            f"(?:{keys.PRUNES}|{keys.RELOCATIONS}|{keys.REPLICAS}){_NUMBER}",
             _SEGMENT.pattern.replace("(", "(?:"),
         ]
     )

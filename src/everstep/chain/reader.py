@@ -14,13 +14,14 @@ from typing import TypeAlias, TypeVar
 import msgspec
 
 from everstep.chain.relocations import Relocations
-from everstep.errors import Damaged, EverstepError, NotFound, Unsupported
+from everstep.errors import Damaged, EverstepError, NotFound, Unavailable, Unsupported
 from everstep.format import keys, pack
 from everstep.format.chunk import ALIGNMENT_BYTES, MAX_XOR_DEPTH, Buffer, Encoding, aligned, decode, digest
 from everstep.format.manifest import Manifest, Place, StoredChunk
 from everstep.store import parallel
 from everstep.store.base import Store
 from everstep.store.reads import copy
+from everstep.store.replicated import copies_of
 
 Result = TypeVar("Result")
 
@@ -111,14 +112,23 @@ class _Gone(Exception):
 
 
 class Reader:
-    """Reads the bytes of snapshots out of a store, wherever they have been relocated to."""
+    """Reads the bytes of snapshots out of a store, wherever they have been relocated to. Where the store has
+    several copies of an object, one that is missing or damaged is got round, and a remark says so.
+
+    Attributes:
+        got_round: whether that was needed: then the first copy is not one to build on.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.got_round = False
         self._seen: set[str] = set()
         self._relocations = Relocations(store)
         self._missed: set[str] = set()
         """Packs that were not there once: what was relocated out of them is looked for there first."""
+
+        self._elsewhere: set[str] = set()
+        """Those that were relocated to nowhere: other copies of them are read."""
 
     def fill(self, manifest: Manifest, targets: Iterable[Target]) -> list[str]:
         """Fill memory with the bytes of a snapshot, straight from the store where they are stored raw.
@@ -169,34 +179,68 @@ class Reader:
         if depth > MAX_XOR_DEPTH:
             raise Damaged(f"chunk {name[:12]} builds on more than {MAX_XOR_DEPTH} others")
         chunk, home = manifest.place_of[name]
-        place, stored = self._stored(home)
-        return _decoded(chunk, place, stored, lambda base: self.chunk(manifest, base, depth + 1))
-
-    def _stored(self, home: Place) -> tuple[Place, Buffer]:
-        """The stored bytes of a chunk that a manifest places there, and where they are."""
         gone: set[str] = set()
         while True:
             (place,) = self._where([home], gone)
             try:
-                return place, self._get(keys.pack(place.pack), place.offset, place.stored_bytes)
+                return self._from_any(place.pack, partial(self._chunk_of, manifest, chunk, place, depth))[0]
             except _Gone:
                 gone.add(place.pack)
 
+    def _chunk_of(
+        self, manifest: Manifest, chunk: StoredChunk, place: Place, depth: int, store: Store
+    ) -> Buffer:
+        stored = _get(store, keys.pack(place.pack), place.offset, place.stored_bytes)
+        return _decoded(chunk, place, stored, lambda base: self.chunk(manifest, base, depth + 1))
+
+    def _from_any(self, name: str, read: Callable[[Store], Result]) -> tuple[Result, list[str]]:
+        """What `read` makes of the first copy of a pack that is good, and a remark where that was not the
+        first. Raises _Gone where there is none in the first and it was not looked for among what was
+        relocated, which comes before other copies."""
+        first: EverstepError | None = None
+        copies = copies_of(self.store)
+        for store in copies:
+            try:
+                done = read(store)
+            except _Gone:
+                if name not in self._elsewhere:
+                    raise
+                first = first or Damaged(f"{keys.pack(name)} is missing", key=keys.pack(name))
+                continue
+            except (Damaged, Unavailable) as error:
+                if len(copies) == 1:
+                    raise
+                first = first or error
+                continue
+            if first is None:
+                return done, []
+            self.got_round = True
+            return done, [f"{first.problem}; {store.url} has it"]
+        assert first is not None
+        raise first
+
     def _where(self, homes: Sequence[Place], gone: set[str]) -> list[Place]:
         """Where the chunks are that a manifest places there, other than in packs that are gone. Who misses a
-        pack looks for relocations; once, as long as those tell of another place for it."""
+        pack looks for relocations; once, as long as those tell of another place for it. What was relocated to
+        nowhere is where it was in another copy, if there are any."""
         self._missed |= gone
         found = [self._place(home, gone) for home in homes]
         if None in found:
             self._relocations.look()
             found = [self._place(home, gone) for home in homes]
-        places = []
+        places, lost = [], set[str]()
         for home, place in zip(homes, found, strict=True):
             if place is None:
-                damage = next(iter(self._relocations.damaged.values()), None)
-                why = "" if damage is None else f", and where it has gone cannot be read ({damage.problem})"
-                raise Damaged(f"{keys.pack(home.pack)} is missing{why}", key=keys.pack(home.pack))
+                if home.pack in self._elsewhere or len(copies_of(self.store)) == 1:
+                    damage = next(iter(self._relocations.damaged.values()), None)
+                    why = (
+                        "" if damage is None else f", and where it has gone cannot be read ({damage.problem})"
+                    )
+                    raise Damaged(f"{keys.pack(home.pack)} is missing{why}", key=keys.pack(home.pack))
+                lost.add(home.pack)
+                place = home
             places.append(place)
+        self._elsewhere |= lost
         return places
 
     def _place(self, home: Place, gone: set[str]) -> Place | None:
@@ -208,30 +252,13 @@ class Reader:
         places = [*moved, home] if home.pack in self._missed else [home, *moved]
         return next((place for place in places if place.pack not in gone), None)
 
-    def _get(self, key: str, start: int, size_bytes: int) -> Buffer:
-        try:
-            data = self.store.get(key, start, size_bytes)
-        except NotFound as error:
-            raise _Gone from error
-        if len(data) != size_bytes:
-            raise Damaged(f"{key} is cut short", key=key)
-        return data
-
     def _read_span(self, span: Sequence[Job], bases: _Bases, scratch: Scratch) -> _Found:
-        """Read chunks that lie one after the other, with the padding between them, in one call."""
-        key = keys.pack(span[0].place.pack)
-        stored, gaps, buffers = _memory_for(span, scratch)
+        name = span[0].place.pack
         try:
-            count = self.store.read_into(key, span[0].place.offset, buffers)
-        except NotFound:
+            remarks, more = self._from_any(name, partial(_span_of, span, bases, scratch))
+        except _Gone:
             return _Found(left=tuple(span))
-        if count != sum(map(len, buffers)):
-            raise Damaged(f"{key} is cut short", key=key)
-        for job, data in zip(span, stored, strict=True):
-            job.scatter(_decoded(job.chunk, job.place, data, bases.get, job.whole))
-        if any(bytes(gap).strip(b"\0") for gap in gaps):
-            return _Found((f"{key} has padding that is not zero",))
-        return _Found()
+        return _Found((*remarks, *more))
 
     def _check_tail(self, name: str, pack_bytes: int, scratch: Scratch) -> _Found:
         """The end of a pack is not needed to read it, but who reads it should say that it is damaged."""
@@ -242,7 +269,8 @@ class Reader:
             # One byte more than there should be: a pack that has grown is damaged too.
             end = self.store.get(key, pack_bytes - pack.TRAILER_BYTES, pack.TRAILER_BYTES + 1)
             trailer = pack.decode_trailer(end, pack_bytes)
-            pack.decode_tail(self._get(key, trailer.footer_offset, trailer.tail_bytes), pack_bytes, name)
+            tail = _get(self.store, key, trailer.footer_offset, trailer.tail_bytes)
+            pack.decode_tail(tail, pack_bytes, name)
         except (NotFound, _Gone):
             pass  # Who reads its chunks finds that, too, and where they are.
         except (Damaged, Unsupported) as error:
@@ -257,6 +285,33 @@ class _Found:
 
     remarks: tuple[str, ...] = ()
     left: tuple[Job, ...] = ()
+
+
+def _get(store: Store, key: str, start: int, size_bytes: int) -> Buffer:
+    try:
+        data = store.get(key, start, size_bytes)
+    except NotFound as error:
+        raise _Gone from error
+    if len(data) != size_bytes:
+        raise Damaged(f"{key} is cut short", key=key)
+    return data
+
+
+def _span_of(span: Sequence[Job], bases: _Bases, scratch: Scratch, store: Store) -> list[str]:
+    """Read chunks that lie one after the other, with the padding between them, in one call."""
+    key = keys.pack(span[0].place.pack)
+    stored, gaps, buffers = _memory_for(span, scratch)
+    try:
+        count = store.read_into(key, span[0].place.offset, buffers)
+    except NotFound as error:
+        raise _Gone from error
+    if count != sum(map(len, buffers)):
+        raise Damaged(f"{key} is cut short", key=key)
+    for job, data in zip(span, stored, strict=True):
+        job.scatter(_decoded(job.chunk, job.place, data, bases.get, job.whole))
+    if any(bytes(gap).strip(b"\0") for gap in gaps):
+        return [f"{key} has padding that is not zero"]
+    return []
 
 
 class _Bases:

@@ -6,6 +6,7 @@ chain in which nothing was relocated costs no request more.
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 import msgspec
 
 from everstep.chain import names
+from everstep.chain.history import now
 from everstep.errors import Damaged, EverstepError, NotFound, Unsupported
 from everstep.format import keys, record
 from everstep.format.manifest import Manifest
-from everstep.format.record import RelocationRecord
+from everstep.format.record import NewPack, RelocationRecord, Spot
 from everstep.store.base import Store
 
 
@@ -119,5 +121,32 @@ class Relocations:
             if found.keys() != self._records.keys():
                 self._records, self.table = found, Table(found)
 
+    def resolved(self, manifest: Manifest) -> Manifest:
+        """A manifest with the places where its chunks are now; what is nowhere stays where it was said to be.
+        As of the last look; asks the store only for packs that something was relocated out of."""
+        sources = self.table.sources & manifest.packs.keys()
+        gone = {name for name in sources if not names.exists(self._store, keys.pack(name))}
+        return self.table.without(manifest, lambda name: name in gone, whole=False) or manifest
+
     def _read(self, key: str) -> RelocationRecord:
         return record.unseal(self._store.get(key, 0, record.MAX_RECORD_BYTES + 1), RelocationRecord, key)
+
+
+def write_down(store: Store, packs: Mapping[str, int], moved: Mapping[str, Sequence[Spot]]) -> str:
+    """Put a record of where chunks are now; durable on return. Returns its key.
+
+    Args:
+        packs: those that chunks were copied to, with their sizes in bytes, in the order that spots count
+            them.
+        moved: by pack, as manifests name it.
+    """
+    while True:
+        made = RelocationRecord(
+            packs=tuple(NewPack(name, size) for name, size in packs.items()),
+            moved={source: tuple(spots) for source, spots in sorted(moved.items()) if spots},
+            nonce=secrets.token_hex(8),
+            at=now(),
+            number=names.newest(store, keys.RELOCATIONS) + 1,
+        )
+        if store.put(made.key, [record.seal(made)]):
+            return made.key

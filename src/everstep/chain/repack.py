@@ -16,11 +16,12 @@ from everstep.chain import names
 from everstep.chain.history import Chain, now
 from everstep.chain.packing import PACK_BYTES
 from everstep.chain.reached import At, Reached
+from everstep.chain.relocations import write_down
 from everstep.errors import Damaged, NotFound, Unsupported
 from everstep.format import keys, pack, record
 from everstep.format.chunk import Buffer, Encoding, aligned, decode, digest
 from everstep.format.manifest import NEWEST_FORMAT
-from everstep.format.record import NO_SNAPSHOT, HeadRecord, NewPack, RelocationRecord, Spot
+from everstep.format.record import NO_SNAPSHOT, HeadRecord, Spot
 from everstep.store.parallel import in_parallel
 
 MAX_SPOTS = 20_000
@@ -121,7 +122,7 @@ def relocate(chain: Chain, moves: Sequence[Move]) -> Repacked:
     copying.close_pack()
     if done.given_up:
         _mark(chain)
-        _put_record(chain, done, copying.moved)
+        write_down(chain.store, done.packs, copying.moved)
     return done
 
 
@@ -217,19 +218,6 @@ def _check(one: pack.Entry, stored: Buffer) -> None:
         whole = digest(decode(stored, one.encoding, one.size_bytes)) == one.digest
     if len(stored) != one.stored_bytes or not whole:
         raise Damaged(f"chunk {one.digest[:12]} is not stored as it was written")
-
-
-def _put_record(chain: Chain, done: Repacked, moved: Mapping[str, Sequence[Spot]]) -> None:
-    while True:
-        made = RelocationRecord(
-            packs=tuple(NewPack(name, size) for name, size in done.packs.items()),
-            moved={source: tuple(spots) for source, spots in sorted(moved.items()) if spots},
-            nonce=secrets.token_hex(8),
-            at=now(),
-            number=names.newest(chain.store, keys.RELOCATIONS) + 1,
-        )
-        if chain.store.put(made.key, [record.seal(made)]):
-            return
 
 
 def _mark(chain: Chain) -> None:

@@ -7,20 +7,20 @@ and nothing that was ever named is forgotten before it is pruned: a rollback is 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar
 
 from everstep.chain import lease as leases
 from everstep.chain.doomed import refuse_doomed
-from everstep.chain.fence import fence_former
+from everstep.chain.fence import fence_former, put_fence
 from everstep.chain.history import MAIN, Chain, Point, Snapshot, now
 from everstep.chain.lease import Lease
-from everstep.chain.names import exists, is_object, newest
+from everstep.chain.names import exists, newest, segment_of
 from everstep.chain.refs import HEADS
 from everstep.errors import Conflict, Damaged, Mismatch, NotFound, Unavailable
 from everstep.events import RolledBack
 from everstep.format import keys, record
-from everstep.format.record import BRANCH, ROLLBACK, HeadRecord, Move, TagRecord
+from everstep.format.record import BRANCH, DROP, ROLLBACK, HeadRecord, Move, TagRecord
 
 Made = TypeVar("Made", TagRecord, HeadRecord)
 
@@ -158,15 +158,26 @@ def drop_branch(chain: Chain, name: str, *, force: bool = False) -> None:
         )
     mine = Lease.take(chain.store, name)
     try:
-        fence_former(chain, mine)
-        advances = {point.key for point in chain.points(name)}  # Fences are none: they stay.
-        for prefix in (keys.head(name), keys.steplog(name)):
-            for entry in reversed(list(chain.store.list(prefix))):
-                if is_object(entry.key) and (entry.key in advances or prefix != keys.head(name)):
-                    mine.check()
-                    chain.store.delete(entry.key)
+        # It stays, and says that the branch is none any more: to a writer that was replaced, and to replicas.
+        fence = put_fence(chain, mine, Move(DROP))
+        delete_branch(chain, fence, mine.check)
     finally:
         mine.release()
+
+
+def delete_branch(
+    chain: Chain, fence: HeadRecord, check: Callable[[], None] = lambda: None, spared: Collection[str] = ()
+) -> None:
+    """Delete what a branch was before it was taken away, as the fence says: its head records, the oldest
+    first, then its step log; `check` is asked before each."""
+    name = fence.branch
+    going = [point.key for point in chain.points(name) if point.number < fence.number]
+    segments = ((segment_of(entry.key), entry.key) for entry in chain.store.list(keys.steplog(name)))
+    going[:0] = [key for segment, key in segments if segment is not None and segment[0] <= fence.writer]
+    for key in reversed(going):
+        if key not in spared:
+            check()
+            chain.store.delete(key)
 
 
 def _only_on(chain: Chain, name: str) -> set[str]:

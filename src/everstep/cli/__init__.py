@@ -19,10 +19,11 @@ import msgspec
 import typer
 
 from everstep.chain.history import MAIN, SHORT, Chain, Snapshot
-from everstep.cli import diff, output, versions
+from everstep.cli import copy as copying
+from everstep.cli import diff, output, replicas, versions
 from everstep.cli import prune as pruning
 from everstep.cli import stats as statistics
-from everstep.cli.options import Branch, Json, Ref, Repo, chain_url
+from everstep.cli.options import Branch, Json, Ref, Replica, Repo, chain_url, read_place
 from everstep.errors import Damaged, EverstepError, Unsupported
 from everstep.events import size
 from everstep.format import keys
@@ -99,9 +100,11 @@ def _command() -> Any:
     return command
 
 
-def _as_typed(parameter: Any, context: Any, value: object) -> str | None:
+def _as_typed(parameter: Any, context: Any, value: object) -> str | list[str] | None:
     if isinstance(value, str):
         return value
+    if isinstance(value, list | tuple) and value:
+        return [str(one) for one in value]
     if parameter.required:
         raise typer.BadParameter("it is missing", ctx=context, param=parameter)
     return None
@@ -150,6 +153,7 @@ def log(
     every: Annotated[bool, typer.Option("--all", help="Of all branches, and what was rolled back.")] = False,
     graph: Annotated[bool, typer.Option("--graph", help="Draw what follows on what.")] = False,
     branch: Branch = MAIN,
+    replica: Replica = None,
     repo: Repo = None,
     as_json: Json = False,
 ) -> None:
@@ -157,22 +161,29 @@ def log(
     from everstep.cli import listing
 
     most = output.limit(limit)
-    chain = Chain(chain_url(context, repo))
+    chain = Chain(read_place(context, repo, replica))
     branches = chain.branches() if every else [keys.checked(branch, "branch")]
     found = list(islice(listing.listed(chain, branches, every), most + 1 if most else None))
     shown = found[:most] if most else found
     rows = listing.entries(shown, _tags(chain), listing.heads(chain, branches))
+    there = replicas.look(chain)
+    replicas.add_durable(rows, chain, there)
+    standings = replicas.documents(chain, branch, there)
     more = len(found) > len(shown)
     if as_json:
         on = None if every else branch
-        output.document({"chain": chain.url, "branch": on, "more": more, "snapshots": rows})
+        about = {"chain": chain.url, "branch": on, "more": more}
+        output.document({**about, "replicas": standings, "snapshots": rows})
         return
     if not found:
         names = ", ".join(chain.branches()) or "none"
         on = "" if every else f" on branch {branch}"
         output.remark(f"{chain.url} has no snapshots{on}; its branches: {names}")
         return
+    for row in rows if there else ():
+        row["where"] = replicas.shown(row["durable"], chain.url, there)
     (listing.show_graph if graph else listing.show)(rows)
+    replicas.tell(standings)
     if more:
         output.remark("there are older ones: everstep log -n 0 lists all")
 
@@ -197,11 +208,12 @@ def show(
     ref: Ref = "head",
     leaves: Annotated[bool, typer.Option("--leaves", help="List the tensors, too.")] = False,
     branch: Branch = MAIN,
+    replica: Replica = None,
     repo: Repo = None,
     as_json: Json = False,
 ) -> None:
     """Show all that is known about one snapshot."""
-    chain = Chain(chain_url(context, repo))
+    chain = Chain(read_place(context, repo, replica))
     snapshot = chain.find(ref, branch)
     damage: EverstepError | None = None
     manifest: Manifest | None = None
@@ -211,10 +223,13 @@ def show(
         # The record is whole, and worth seeing when the rest is not.
         damage = error
     tags = _tags(chain).get(snapshot.id, [])
+    there = replicas.look(chain)
+    durable = _durable(chain, snapshot, branch, there)
     if as_json:
-        output.document(_snapshot_document(snapshot, manifest, tags, leaves, damage))
+        made = _snapshot_document(snapshot, manifest, tags, leaves, damage)
+        output.document({**made, "durable": durable})
     else:
-        _show_record(snapshot, tags)
+        _show_record(snapshot, tags, replicas.shown(durable, chain.url, there) if there else "")
         if manifest is not None:
             _show_manifest(manifest, leaves)
     if damage is not None:
@@ -235,7 +250,15 @@ def _snapshot_document(
     return made
 
 
-def _show_record(snapshot: Snapshot, tags: list[str]) -> None:
+def _durable(chain: Chain, snapshot: Snapshot, branch: str, there: Sequence[replicas.Replica]) -> list[str]:
+    """Where a snapshot is: a replica has it that has a head record of it."""
+    names = {branch, snapshot.record.branch} if there else set()
+    heads = [head for name in names for head in chain.heads(name) if head.snapshot == snapshot.id]
+    found = (one.url for one in there if any(one.has(head.branch, head.number) for head in heads))
+    return [chain.url, *found]
+
+
+def _show_record(snapshot: Snapshot, tags: list[str], durable: str) -> None:
     record = snapshot.record
     output.fields(
         [
@@ -253,6 +276,7 @@ def _show_record(snapshot: Snapshot, tags: list[str]) -> None:
             ("resume", f"approximate: {'; '.join(record.approximate)}" if record.approximate else "exact"),
             ("size", f"{size(record.logical_bytes)}, of which {size(record.new_bytes)} were new"),
             ("stored", f"{size(record.stored_bytes)} were written"),
+            ("durable", durable),
         ]
     )
     _section("metrics", [(name, output.shown_number(value)) for name, value in record.metrics.items()])
@@ -359,6 +383,7 @@ def export(
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace OUT where it exists.")] = False,
     branch: Branch = MAIN,
+    replica: Replica = None,
     repo: Repo = None,
     as_json: Json = False,
 ) -> None:
@@ -368,7 +393,7 @@ def export(
     write = {"safetensors": safetensors_file.write, "torch": torch_file.write}.get(format)
     if write is None:
         raise typer.BadParameter(f"{format!r} is neither safetensors nor torch")
-    chain = Chain(chain_url(context, repo))
+    chain = Chain(read_place(context, repo, replica))
     snapshot = chain.find(ref, branch)
     path = Path(out)
     with output.progress(path.name, quiet=as_json) as on_progress:
@@ -411,15 +436,21 @@ def keeper(as_json: Json = False) -> None:
 
 
 def _keeper_row(one: Status) -> tuple[object, ...]:
-    work = ", ".join(f"{job.phase} step {job.step}" for job in one.jobs)
+    sends = [
+        f"sends {output.count(count, 'snapshot')} to {url}" if count else f"looks what {url} lacks"
+        for url, count in one.unsent.items()
+    ]
+    work = ", ".join([*(f"{job.phase} step {job.step}" for job in one.jobs), *sends])
     held = f"holds {one.held[:SHORT]}" if one.held else "nothing to do"
     trainer = one.trainer or "-"
     return one.pid, trainer, size(sum(one.arenas)), size(one.memory_bytes), one.nice, work or held, one.chain
 
 
-# -- prune, stats ------------------------------------------------------------------------------------------
+# -- prune, copy, replicate, stats -------------------------------------------------------------------------
 
 app.command()(pruning.prune)
+app.command()(copying.copy)
+app.command()(replicas.replicate)
 app.command()(statistics.stats)
 
 

@@ -96,7 +96,7 @@ def _entry(one: Listed, tags: Mapping[str, list[str]], heads: Mapping[str, list[
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """A table."""
     cells = [_row(row, [_bracketed(row["tags"])]) for row in rows]
-    output.table(_COLUMNS, cells, frozenset(n for n, row in enumerate(rows) if row["damage"]))
+    output.table(_columns(rows), cells, frozenset(n for n, row in enumerate(rows) if row["damage"]))
 
 
 def show_graph(rows: Sequence[dict[str, Any]]) -> None:
@@ -108,12 +108,17 @@ def show_graph(rows: Sequence[dict[str, Any]]) -> None:
     for line in draw(_parents(rows), order):
         row = by_name[line.id] if line.id is not None else None
         if row is None:
-            cells.append((line.drawing, *[""] * len(_COLUMNS)))
+            cells.append((line.drawing, *[""] * len(_columns(rows))))
             continue
         names = f"({', '.join(row['heads'])})" if row["heads"] else ""
         marked |= {len(cells)} if row["damage"] else set()
         cells.append((line.drawing, *_row(row, [names, _bracketed(row["tags"])])))
-    output.table(("", *_COLUMNS), cells, frozenset(marked))
+    output.table(("", *_columns(rows)), cells, frozenset(marked))
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """With where each is, where there are replicas."""
+    return (*_COLUMNS[:-1], "durable", _COLUMNS[-1]) if any("where" in row for row in rows) else _COLUMNS
 
 
 def _node(row: Mapping[str, Any]) -> str:
@@ -164,6 +169,7 @@ def _row(entry: Mapping[str, Any], marks: Sequence[str]) -> tuple[str, ...]:
         size(entry["new_bytes"]) if entry["new_bytes"] is not None else "?",
         size(entry["logical_bytes"]) if entry["logical_bytes"] is not None else "?",
         output.shown_number(entry["metrics"].get("loss", "")),
+        *([entry["where"]] if "where" in entry else []),
         " ".join(remark for remark in remarks if remark),
     )
 

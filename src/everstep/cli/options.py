@@ -10,6 +10,9 @@ import typer
 
 from everstep.errors import NotFound
 from everstep.format import keys
+from everstep.store.base import Store
+from everstep.store.replicated import ReplicatedStore
+from everstep.store.urls import open_store
 
 if TYPE_CHECKING:
     from everstep.chain.history import Chain
@@ -37,6 +40,16 @@ _INSIST = typer.Option(
     help="Write to an object store that cannot refuse to overwrite; there must never be a second writer.",
 )
 UnsafeSingleWriter = Annotated[bool, _INSIST]
+Replica = Annotated[
+    str | None,
+    typer.Option("--replica", metavar="URL", help="Read from this replica what the chain's own place lacks."),
+]
+
+
+def read_place(context: typer.Context, repo: str | None, replica: str | None) -> str | Store:
+    """Where a command reads: what the chain's own place lacks, or has damaged, out of a replica."""
+    url = chain_url(context, repo)
+    return ReplicatedStore(open_store(url), [open_store(replica)]) if replica else url
 
 
 def chain_url(context: typer.Context, repo: str | None) -> str:

@@ -20,6 +20,7 @@ from everstep.format.record import (
     LeaseRecord,
     PruneRecord,
     RelocationRecord,
+    ReplicasRecord,
     SealedRecord,
     SnapshotRecord,
     StepRecord,
@@ -29,7 +30,7 @@ from everstep.store.base import Store, checked
 
 _SEALED: dict[str, type[SealedRecord]] = {
     keys.CHAIN: ChainRecord, keys.HEADS: HeadRecord, keys.TAGS: TagRecord, keys.LEASES: LeaseRecord,
-    keys.PRUNES: PruneRecord, keys.RELOCATIONS: RelocationRecord,
+    keys.PRUNES: PruneRecord, keys.RELOCATIONS: RelocationRecord, keys.REPLICAS: ReplicasRecord,
 }  # fmt: skip
 _LOOK_BYTES = 256
 

@@ -11,7 +11,7 @@ from everstep.chain.history import MAIN, SHORT, Chain, Point
 from everstep.cli import output
 from everstep.cli.options import Branch, Json, Repo, UnsafeSingleWriter, chain_url, writable_chain
 from everstep.errors import EverstepError
-from everstep.format.record import BRANCH, ROLLBACK
+from everstep.format.record import BRANCH, COPY, ROLLBACK
 
 _Name = Annotated[str | None, typer.Argument(metavar="NAME", help="What it is to be called.")]
 _Ref = Annotated[str | None, typer.Argument(metavar="REF", help="The snapshot; head unless given.")]
@@ -259,5 +259,5 @@ def _what(row: dict[str, Any]) -> str:
     if row["move"] is None:
         return f"snapshot ({row['trigger']})" if row["trigger"] else "snapshot"
     to = row["to"][:SHORT] if len(row["to"]) == 64 else row["to"]
-    words = {ROLLBACK: "rolled back to", BRANCH: "began at"}
+    words = {ROLLBACK: "rolled back to", BRANCH: "began at", COPY: "copied from"}
     return f"{words.get(row['move'], row['move'])} {to}"

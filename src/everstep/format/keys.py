@@ -14,6 +14,7 @@ HEADS = "heads/"
 TAGS = "tags/"
 LEASES = "leases/"
 PRUNES = "prunes/"
+REPLICAS = "replicas/"
 STEPLOG = "steplog/"
 RELOCATIONS = "relocations/"
 

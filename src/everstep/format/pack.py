@@ -201,6 +201,31 @@ def footer_bytes(entries: int) -> int:
     return _HEADER.size + entries * _ENTRY.size
 
 
+def check(data: memoryview, name: str) -> Footer:
+    """The footer of the pack `name`, whose bytes `data` are, all of them held against their digests.
+
+    Raises:
+        Damaged: a bit of them is not as it was written.
+        Unsupported: a newer version wrote it.
+    """
+    if len(data) < TRAILER_BYTES:
+        raise Damaged("a pack is too short to have a trailer")
+    trailer = decode_trailer(data[-TRAILER_BYTES:], len(data))
+    footer = decode_tail(data[trailer.footer_offset :], len(data), name)
+    for one in footer.entries:
+        end = one.offset + one.stored_bytes
+        stored = data[one.offset : end]
+        if one.encoding == Encoding.RAW:
+            whole = one.stored_bytes == one.size_bytes and digest(stored) == one.digest
+        else:
+            whole = check_of(stored, one.encoding) == one.check
+        if not whole:
+            raise Damaged(f"chunk {one.digest[:12]} of a pack is not stored as it was written")
+        if any(data[end : aligned(end)]):
+            raise Damaged("a pack has padding that is not zero")
+    return footer
+
+
 def data_bytes(entries: Sequence[Entry]) -> int:
     """Where the chunks end and the footer begins."""
     return aligned(entries[-1].offset + entries[-1].stored_bytes) if entries else 0

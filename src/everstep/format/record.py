@@ -18,6 +18,7 @@ from everstep.format.manifest import FORMAT, MAX_COUNT, NEWEST_FORMAT, Count, Di
 
 MAX_RECORD_BYTES = 4 * 1024 * 1024
 MAX_SEGMENT_BYTES = 256 * 1024 * 1024
+MAX_URL_CHARACTERS = 4096
 
 Number: TypeAlias = float | str
 """A float; JSON has none for "nan", "inf" and "-inf", which are written as these texts."""
@@ -83,8 +84,11 @@ class SnapshotRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     origin: Origin | None = None
 
 
-BRANCH, ROLLBACK = "branch", "rollback"
+BRANCH, ROLLBACK, COPY = "branch", "rollback", "copy"
 """What moves a head without a snapshot being taken."""
+
+DROP = "drop"
+"""What a fence says of a branch that was taken away."""
 
 
 class Move(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -226,7 +230,23 @@ class RelocationRecord(msgspec.Struct, frozen=True):
         )
 
 
-SealedRecord: TypeAlias = ChainRecord | HeadRecord | TagRecord | LeaseRecord | PruneRecord | RelocationRecord
+class ReplicasRecord(msgspec.Struct, frozen=True):
+    """Where the replicas of a chain are, as its last writer was told. The newest one counts."""
+
+    urls: tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_URL_CHARACTERS)], ...]
+    nonce: str
+    at: str
+    number: RecordNumber
+    format: int = FORMAT
+
+    @property
+    def key(self) -> str:
+        return keys.numbered(keys.REPLICAS, self.number)
+
+
+SealedRecord: TypeAlias = (
+    ChainRecord | HeadRecord | TagRecord | LeaseRecord | PruneRecord | RelocationRecord | ReplicasRecord
+)
 """Each says with `key` where it belongs."""
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from everstep.chain.history import Snapshot
 from everstep.chain.steplog import EndedJournal
 from everstep.chain.writer import Facts
-from everstep.errors import Unavailable
+from everstep.errors import EverstepError, NotFound, Unavailable
+from everstep.events import Returned, Sink, Warned
 from everstep.format.layout import Layout
 from everstep.keeper.arena import Arena
 
@@ -18,10 +20,145 @@ ARENAS = 2
 """One is filled while the other is stored."""
 
 
+@dataclass(frozen=True)
+class Followed:
+    """How a replica stands: `snapshot` and `step` are its newest of the branch ("" and 0 for none), `behind`
+    is how many it lacks. `problem` says why it could not be sent anything just now; `fenced` is the error of
+    a run that another writer has taken over through it."""
+
+    replica: str
+    snapshot: str = ""
+    step: int = 0
+    behind: int = 0
+    problem: str = ""
+    fenced: EverstepError | None = None
+
+
+class Standings:
+    """How the replicas of a run stand to the snapshots that it takes. For several threads.
+
+    Args:
+        first: the chain's own address.
+        replicas: how the user calls them.
+        emit: is told when one goes away, and when it is back.
+        on_fenced: is told that the run was taken over through one.
+    """
+
+    def __init__(
+        self,
+        first: str = "",
+        replicas: Sequence[str] = (),
+        emit: Sink = lambda event: None,
+        on_fenced: Callable[[EverstepError], None] = lambda error: None,
+    ) -> None:
+        self.first = first
+        self.replicas = tuple(replicas)
+        self._emit = emit
+        self._on_fenced = on_fenced
+        self._changed = threading.Condition()
+        self._taken: dict[str, int] = {}
+        """By id, which of this run's snapshots it is, from 1 on."""
+        self._told: dict[str, Followed] = {}
+        self._reached: dict[str, int] = dict.fromkeys(self.replicas, 0)
+        self._fenced: EverstepError | None = None
+
+    def took(self, snapshot: Snapshot) -> None:
+        """It is durable in the chain's own store."""
+        with self._changed:
+            self._taken[snapshot.id] = len(self._taken) + 1
+            for told in self._told.values():
+                self._note(told)
+
+    def told(self, followed: Followed) -> None:
+        """By a keeper, in whatever thread."""
+        if followed.replica not in self._reached:
+            return
+        with self._changed:
+            before = self._told.get(followed.replica, Followed(followed.replica))
+            if followed.problem and not followed.snapshot:
+                followed = replace(followed, snapshot=before.snapshot, step=before.step)
+            self._told[followed.replica] = followed
+            self._note(followed)
+            if followed.fenced is not None:
+                self._fenced = followed.fenced
+            self._changed.notify_all()
+        if followed.fenced is not None:
+            self._on_fenced(followed.fenced)
+        elif followed.problem and not before.problem:
+            self._emit(
+                Warned(
+                    f"the replica {followed.replica} gets nothing now ({followed.problem}); it is tried "
+                    "again, and nothing waits for it"
+                )
+            )
+        elif before.problem and not followed.problem:
+            self._emit(Returned(followed.replica, followed.behind))
+
+    def _note(self, followed: Followed) -> None:
+        name = followed.replica
+        self._reached[name] = max(self._reached[name], self._taken.get(followed.snapshot, 0))
+
+    def behind(self, step: int) -> tuple[tuple[str, int], ...]:
+        """By replica, how many steps its newest snapshot is behind one of `step`."""
+        with self._changed:
+            told = {name: self._told.get(name) for name in self.replicas}
+            return tuple((name, step - (one.step if one else 0)) for name, one in told.items())
+
+    def unsent(self) -> dict[str, int]:
+        """By replica, how many of this run's snapshots it lacks; those that lack none are left out."""
+        with self._changed:
+            return {
+                name: len(self._taken) - reached
+                for name, reached in self._reached.items()
+                if reached < len(self._taken)
+            }
+
+    def settle(self, timeout: float) -> bool:
+        """Wait until all replicas that can be sent to have all of this run's snapshots."""
+        with self._changed:
+            return self._changed.wait_for(self._is_settled, timeout)
+
+    def _is_settled(self) -> bool:
+        return self._fenced is not None or all(
+            reached >= len(self._taken) or self._told.get(name, Followed(name)).problem
+            for name, reached in self._reached.items()
+        )
+
+    def reach(self, snapshot: Snapshot, where: str, timeout: float | None) -> bool:
+        """Wait until a replica (`all`: every one) has a snapshot of this run, or one that follows it.
+
+        Raises:
+            NotFound: the run has no such replica.
+            Fenced: the run was taken over.
+        """
+        names = self.replicas if where == ALL else (where,)
+        if any(name not in self._reached for name in names):
+            raise NotFound(
+                f"{where!r} is no replica of this run; they are {', '.join(self.replicas) or 'none'}",
+                kept="nothing was touched",
+                next="everstep.open(..., replicas=[...])",
+            )
+        with self._changed:
+            number = self._taken.get(snapshot.id, 0)
+            reached = self._changed.wait_for(
+                lambda: self._fenced is not None or all(self._reached[name] >= number for name in names),
+                timeout,
+            )
+            if self._fenced is not None:
+                raise self._fenced
+            return reached
+
+
+ALL = "all"
+"""Every replica."""
+
+
 class Pending:
     """A snapshot that is being taken."""
 
     def __init__(self) -> None:
+        self.standings = Standings()
+        """Of the run that takes it."""
         self._released = threading.Event()
         self._done = threading.Event()
         self._snapshot: Snapshot | None = None
@@ -41,10 +178,14 @@ class Pending:
         """The snapshot, once it is durable; None before, and when it failed. Does not block."""
         return self._snapshot
 
-    def durable(self, timeout: float | None = None) -> bool:
+    def durable(self, where: str | float | None = None, timeout: float | None = None) -> bool:
         """Wait until the snapshot is durable: it then survives a power cut.
 
         Args:
+            where: the address of a replica, as it was given to `everstep.open`: wait until that has this
+                snapshot, or one that follows it (of what is pruned before it is sent a replica gets only what
+                follows); `"all"` for every replica. Unless given: in the chain's own store. A number is a
+                timeout.
             timeout: at most so many seconds; None: as long as it takes.
 
         Returns:
@@ -52,19 +193,26 @@ class Pending:
 
         Raises:
             EverstepError: it failed; the snapshots before it are intact.
+            NotFound: the run has no such replica.
         """
+        if isinstance(where, int | float):
+            where, timeout = None, where
         if not self.begun and not self._done.is_set():
             raise Unavailable(
                 "this snapshot is taken when the step ends, which it cannot while it is waited for",
                 kept="nothing was touched",
                 next="call durable() after the step",
             )
+        begun = time.monotonic()
         if not self._done.wait(timeout):
             return False
         if self._error is not None:
             self.told = True
             raise self._error
-        return True
+        if not where or where == self.standings.first or self._snapshot is None:
+            return True
+        left = None if timeout is None else max(0.0, timeout - (time.monotonic() - begun))
+        return self.standings.reach(self._snapshot, where, left)
 
     def release(self) -> None:
         self._released.set()
@@ -81,12 +229,16 @@ class Terms:
 
     `lease` is the number of the run's lease of its `branch`, `parent` the id of the snapshot that the next
     one follows on and may share chunks with ("" for none), `keep` says which snapshots of the branch stay
-    (`chain.retention`)."""
+    (`chain.retention`). `fresh`: no chunk of the parent is to be relied on, for it had to be read from a
+    replica. `replicas` are the names and addresses of those that follow; a keeper in the run's own process is
+    given their stores."""
 
     branch: str
     lease: int
     parent: str
     keep: str
+    fresh: bool = False
+    replicas: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(eq=False)
@@ -166,5 +318,10 @@ class Keeper(Protocol):
         """Wait until all jobs announced are durable or have failed and the chain is tidied; False when
         `timeout` seconds were not enough."""
 
+    @property
+    def outlives(self) -> bool:
+        """Whether it goes on sending to replicas when this process is gone."""
+
     def close(self) -> None:
-        """Wait for all, then let go of the keeper. Its memory is given back."""
+        """Wait for all, then let go of the keeper. Its memory is given back. What replicas lack is not waited
+        for: see `Standings.settle`."""

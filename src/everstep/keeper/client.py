@@ -10,20 +10,22 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from everstep.chain.history import MAIN, Chain
+from everstep.chain.replicas import address_of
 from everstep.errors import EverstepError, Unavailable, Unsupported
 from everstep.format.layout import Layout
 from everstep.keeper import protocol
 from everstep.keeper.arena import Arena
-from everstep.keeper.base import ARENAS, Held, Job, Outcome, Terms
+from everstep.keeper.base import ARENAS, Followed, Held, Job, Outcome, Terms
 from everstep.keeper.keeping import since_ms
-from everstep.keeper.places import address, environment, living_places, places
+from everstep.keeper.places import address, environment, environments, living_places, places
 from everstep.keeper.protocol import Connection, Identify, Message, Status
 from everstep.keeper.start import Link, Starter
+from everstep.store.base import Store
 
 MAX_DEATHS = 3
 """So many keepers in a row that die before they have stored anything: then it is not by accident."""
@@ -86,6 +88,8 @@ class ProcessKeeper:
         on_outcome: called after each job, before its `Pending` says so.
         warn: is told, a sentence each, what failed and did no harm.
         branch: whose keeper it is: runs that write different branches of a chain have one each.
+        replicas: where the chain is followed.
+        on_followed: is told how each replica stands.
         identify: who is at the other end of a socket.
 
     Attributes:
@@ -95,6 +99,8 @@ class ProcessKeeper:
         Unsupported: this chain, or this system, cannot be served by another process.
     """
 
+    outlives = True
+
     def __init__(
         self,
         chain: Chain,
@@ -102,14 +108,19 @@ class ProcessKeeper:
         warn: Callable[[str], None],
         *,
         branch: str = MAIN,
+        replicas: Sequence[Store] = (),
+        on_followed: Callable[[Followed], None] = lambda followed: None,
         identify: Identify = protocol.peer,
     ) -> None:
         self.deaths = 0
+        self._replicas = tuple((store.url, address_of(store)) for store in replicas)
+        self._on_followed = on_followed
+        self._behind: set[str] = set()
+        """The replicas that are known to lack something, or of which nothing is known."""
         self._on_outcome = on_outcome
         self._warn = warn
-        self._starter = Starter(
-            chain.about.chain, address(chain), places(chain, branch), identify, environment(chain)
-        )
+        needed = {**environment(chain), **environments(replicas)}
+        self._starter = Starter(chain.about.chain, address(chain), places(chain, branch), identify, needed)
         self._changed = threading.Condition()
         # All that follows is looked at and changed under it.
         self._terms: Terms | None = None
@@ -155,7 +166,8 @@ class ProcessKeeper:
 
     def begin(self, terms: Terms) -> None:
         with self._changed:
-            self._terms = terms
+            self._terms = replace(terms, replicas=self._replicas)
+            self._behind = {name for name, _ in self._replicas}
             held, self._held = self._held, None
             if held is not None:
                 held[1].close()
@@ -430,7 +442,10 @@ class ProcessKeeper:
     def _leave(self, link: Link) -> None:
         if link.begun:
             self._say(protocol.Goodbye())
-            if not link.wait_until_gone(LEAVE_S):
+            if self._behind:
+                # It goes on sending, and nobody waits for that.
+                link.connection.drain()
+            elif not link.wait_until_gone(LEAVE_S):
                 self._warn(f"the keeper, process {link.pid}, takes long to end; all is durable")
         else:
             # It may be another trainer's by now; if it is nobody's, it ends at once.
@@ -508,12 +523,21 @@ class ProcessKeeper:
                 self._done(message)
             case protocol.Warned():
                 self._warn(message.text)
+            case protocol.Stands():
+                self._stands(message.followed())
             case protocol.Refused():
                 raise message.problem.error()
             case _:
                 with self._changed:
                     self._note(message)
                     self._changed.notify_all()
+
+    def _stands(self, followed: Followed) -> None:
+        with self._changed:
+            self._behind.discard(followed.replica)
+            if followed.behind or followed.problem:
+                self._behind.add(followed.replica)
+        self._on_followed(followed)
 
     def _note(self, message: Message) -> None:
         match message:
@@ -567,6 +591,7 @@ class ProcessKeeper:
 
     def _done(self, message: protocol.Done) -> None:
         with self._changed:
+            self._behind = {name for name, _ in self._replicas}
             for opened in self._open.values():
                 if opened.number == message.job and opened.outcome is None:
                     snapshot = message.taken()

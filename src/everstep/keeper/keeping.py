@@ -16,6 +16,7 @@ from everstep.chain.writer import Captured, Facts, Wave, Writer
 from everstep.errors import Damaged, EverstepError, NotFound, Unavailable
 from everstep.keeper.arena import Arena
 from everstep.keeper.base import Job, Outcome, Terms
+from everstep.keeper.following import Following
 
 ARRIVING, WAITING, STORING, TIDYING = "arriving", "waiting", "storing", "tidying"
 """What becomes of a job, one after the other (a job may be stored while it arrives)."""
@@ -132,17 +133,21 @@ class Keeping:
         chain: where to.
         terms: the run's.
         warn: is told, a sentence each, what failed and did no harm.
+        following: the replicas, which are told of what is new, and may tell that the run must stop.
     """
 
-    def __init__(self, chain: Chain, terms: Terms, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, chain: Chain, terms: Terms, warn: Callable[[str], None], following: Following | None = None
+    ) -> None:
         self.chain = chain
         self._warn = warn
+        self._following = following
         self._keep = prune.Keep.parse(terms.keep)
         self._census = Census(chain)
         self._lease = Lease(chain.store, terms.lease, terms.branch)
         self._log = StepLog(chain, terms.branch, terms.lease)
         self._writer = Writer(chain, self._lease, terms.branch, terms.parent)
-        if terms.parent:
+        if terms.parent and not terms.fresh:
             self._build_on(terms.parent)
 
     def _build_on(self, snapshot: str) -> None:
@@ -161,13 +166,23 @@ class Keeping:
         snapshot: Snapshot | None = None
         error: BaseException | None = None
         try:
+            self._refuse_fenced()
             snapshot = self._writer.write(given.captured(), job.facts)
         except Dropped:
             error = Unavailable("the snapshot could not be completed", kept="those before it are intact")
         except BaseException as raised:
             error = raised
+        finally:
+            if self._following is not None:
+                self._following.storing(False)
         durable_ms = since_ms(job.facts.begun)
         return Outcome(job, snapshot, error, durable_ms)
+
+    def _refuse_fenced(self) -> None:
+        if self._following is not None:
+            if self._following.fenced is not None:
+                raise self._following.fenced
+            self._following.storing(True)
 
     def stored_before(self, facts: Facts) -> Snapshot | None:
         """The branch's head, if it is just this snapshot: a keeper of the same run has stored it, and was
@@ -185,7 +200,14 @@ class Keeping:
 
     def tidy(self, journals: Sequence[EndedJournal]) -> None:
         """After a commit: seal the records up to it, drop what is not to stay of this branch. A failure is
-        told, and the snapshot stands."""
+        told, and the snapshot stands. Then the replicas follow."""
+        try:
+            self._tidy(journals)
+        finally:
+            if self._following is not None:
+                self._following.news()
+
+    def _tidy(self, journals: Sequence[EndedJournal]) -> None:
         try:
             self._log.seal(journals)
             branches = [self._writer.branch]

@@ -11,7 +11,7 @@ import re
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from pathlib import Path
 from everstep.chain.history import MAIN, Chain
 from everstep.errors import Unsupported
 from everstep.format.chunk import digest
-from everstep.store.base import Addressed
+from everstep.store.base import Addressed, Store
 from everstep.store.files import SystemFiles
 from everstep.store.local import LocalStore
 
@@ -200,6 +200,14 @@ def address(chain: Chain) -> str:
 def environment(chain: Chain) -> Mapping[str, str]:
     """What a process that opens the chain by its address needs besides this one's variables."""
     return chain.store.environment if isinstance(chain.store, Addressed) else {}
+
+
+def environments(stores: Iterable[Store]) -> Mapping[str, str]:
+    """The same for stores that it opens besides."""
+    found: dict[str, str] = {}
+    for store in stores:
+        found |= store.environment if isinstance(store, Addressed) else {}
+    return found
 
 
 def _lends_memory() -> bool:

@@ -40,10 +40,10 @@ from everstep.format.manifest import (
 )
 from everstep.format.record import Origin, SnapshotRecord
 from everstep.keeper.arena import MAX_ARENA_BYTES
-from everstep.keeper.base import Outcome, Terms
+from everstep.keeper.base import Followed, Outcome, Terms
 from everstep.version import __version__
 
-PROTOCOL = 2
+PROTOCOL = 3
 VERSION = f"{__version__}/{PROTOCOL}"
 """Both sides must be of the same: a keeper also writes the chain as its version does."""
 
@@ -54,6 +54,7 @@ MAX_DESCRIPTORS = 8
 MAX_ITEMS = 1 << 20
 """In a list or dict of a message."""
 MAX_SHORT = 4096
+MAX_REPLICAS = 64
 MAX_TEXT = 4 * 1024 * 1024
 
 _RECEIVE_BYTES = 256 * 1024
@@ -124,6 +125,8 @@ class Status(Message, tag="status", frozen=True):
     nice: int = 0
     memory_bytes: Number = 0
     torch_imported: bool = False
+    unsent: Annotated[dict[Short, Number], msgspec.Meta(max_length=MAX_REPLICAS)] = {}
+    """By replica, how many snapshots it lacks, of those that lack any or could not be looked at."""
 
 
 # -- from the trainer --------------------------------------------------------------------------------------
@@ -140,13 +143,15 @@ class Begin(Message, tag="begin", frozen=True):
     lease: Number
     parent: Short
     keep: Short
+    fresh: bool = False
+    replicas: Annotated[tuple[tuple[Short, Short], ...], msgspec.Meta(max_length=MAX_REPLICAS)] = ()
 
     @classmethod
     def under(cls, terms: Terms) -> Begin:
-        return cls(terms.branch, terms.lease, terms.parent, terms.keep)
+        return cls(terms.branch, terms.lease, terms.parent, terms.keep, terms.fresh, terms.replicas)
 
     def terms(self) -> Terms:
-        return Terms(self.branch, self.lease, self.parent, self.keep)
+        return Terms(self.branch, self.lease, self.parent, self.keep, self.fresh, self.replicas)
 
 
 class Prepare(Message, tag="prepare", frozen=True):
@@ -380,12 +385,32 @@ class Warned(Message, tag="warned", frozen=True):
     text: Text
 
 
+class Stands(Message, tag="stands", frozen=True):
+    """How a replica stands: `base.Followed`."""
+
+    replica: Short
+    snapshot: Short = ""
+    step: Number = 0
+    behind: Number = 0
+    problem: Text = ""
+    fenced: Problem | None = None
+
+    @classmethod
+    def of(cls, one: Followed) -> Stands:
+        fenced = None if one.fenced is None else Problem.of(one.fenced)
+        return cls(one.replica, one.snapshot, one.step, one.behind, one.problem[:MAX_TEXT], fenced)
+
+    def followed(self) -> Followed:
+        fenced = None if self.fenced is None else self.fenced.error()
+        return Followed(self.replica, self.snapshot, self.step, self.behind, self.problem, fenced)
+
+
 ToKeeper: TypeAlias = (
     Hello | Leave | Ask
     | Settle | Begin | Prepare | Bring | Discard | Submit | Fill | End | Drop | Tidy | Goodbye
 )  # fmt: skip
 ToTrainer: TypeAlias = (
-    Welcome | Status | Busy | Settled | Refused | Lent | NoMemory | Freed | Done | Tidied | Warned
+    Welcome | Status | Busy | Settled | Refused | Lent | NoMemory | Freed | Done | Tidied | Warned | Stands
 )
 
 Received = TypeVar("Received", bound=Message)

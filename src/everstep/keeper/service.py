@@ -26,6 +26,7 @@ from everstep.chain.history import Chain, now
 from everstep.errors import Conflict, Damaged, EverstepError, Unsupported
 from everstep.keeper import memory, protocol
 from everstep.keeper.arena import Arena
+from everstep.keeper.following import Following
 from everstep.keeper.places import Lock, Place, sweep
 from everstep.keeper.protocol import Connection, Identify, Message
 from everstep.keeper.start import LISTENING, TAKEN
@@ -131,7 +132,12 @@ class Service:
         self._finished = True
         """Whether nothing more is to be done for the last trainer's work."""
         self._leaving = False
+        self._hurried = False
+        """Whether to leave without waiting for replicas."""
         self._due = clock() + START_S
+        self._given_up_at = 0.0
+        """When nothing has been sent to a replica for so long that it is left to the next run."""
+        self._progress = 0
         self._selector = selectors.DefaultSelector()
         self._woken, self._waking = socket.socketpair()
         for sock in (listener, self._woken, self._waking):
@@ -145,8 +151,8 @@ class Service:
             self._waking.send(b"\0")
 
     def leave(self) -> None:
-        """Serve the trainer that is there to its end, if there is one; then go."""
-        self._leaving = True
+        """Serve the trainer that is there to its end, if there is one; then go, whatever replicas lack."""
+        self._leaving = self._hurried = True
         self.wake()
 
     def run(self) -> None:
@@ -162,16 +168,29 @@ class Service:
     def _over(self) -> bool:
         if self._trainer is not None or not self._finished:
             return False
-        if self._leaving:
+        if self._hurried:
             return True
         heirs = any(peer.heir for peer in self._peers)
-        return not heirs and self._clock() >= self._due
+        return not heirs and (self._leaving or self._clock() >= self._due) and not self._sends()
+
+    def _sends(self) -> bool:
+        """Whether a replica still gets something: as long as it takes, but not while nothing can be sent."""
+        following = self._work.following if self._work is not None else None
+        if following is None or not following.sending:
+            return False
+        if following.progress != self._progress:
+            self._progress = following.progress
+            self._given_up_at = self._clock() + self._linger_s
+        return self._clock() < self._given_up_at
 
     def _patience(self) -> float | None:
-        """So long nothing but a message, or a job's end, changes anything."""
+        """So long nothing but a message, a job's end, or what was sent, changes anything."""
         if self._trainer is not None or not self._finished:
             return None
-        return max(self._due - self._clock(), 0.0) if not any(peer.heir for peer in self._peers) else None
+        now = self._clock()
+        if self._sends():
+            return max(self._given_up_at - now, 0.0)
+        return max(self._due - now, 0.0) if not any(peer.heir for peer in self._peers) else None
 
     def _look_around(self) -> None:
         for peer in list(self._peers):
@@ -187,7 +206,10 @@ class Service:
     def _finish(self, work: Work) -> None:
         """All that a trainer, which is gone, had handed over is done."""
         self._finished = True
-        work.rest()
+        work.rest(keep=not self._leaving)
+        if work.following is not None:
+            self._given_up_at = self._clock() + self._linger_s
+            work.following.finish()
         self._linger_anew()
 
     def _close(self) -> None:
@@ -196,6 +218,8 @@ class Service:
         for peer in list(self._peers):
             self._part(peer)
         if self._work is not None:
+            if self._work.following is not None:
+                self._work.following.close()
             arena = self._work.close()
             if arena is not None:
                 arena.close()
@@ -312,6 +336,7 @@ class Service:
                 raise Damaged(f"{type(message).__name__} is for a trainer to say")
             case protocol.Goodbye():
                 self._leaving = True
+                peer.heir = False
                 self._let_go()
             case _:
                 self._pass_on(self._work, message, peer.unclaimed)
@@ -369,11 +394,17 @@ class Service:
     def _begin(self, peer: _Peer, message: protocol.Begin) -> None:
         if not peer.heir or peer.waits or self._trainer is not None or not self._finished:
             raise Conflict(f"the keeper of {self._chain.url} is at work for another process")
-        spare: Arena | None = self._work.close() if self._work is not None else None
+        spare: Arena | None = None
+        before: Following | None = None
+        if self._work is not None:
+            spare, before = self._work.close(), self._work.following
+        if before is not None:
+            before.stop()
         self._trainer = peer
         self._finished = False
-        self._leaving = False
-        self._work = Work(self._chain, message.terms(), _Telling(peer, self.wake), self.wake, spare)
+        self._leaving = self._hurried = False
+        terms = message.terms()
+        self._work = Work(self._chain, terms, _Telling(peer, self.wake), self.wake, spare, before)
 
     def _status(self) -> protocol.Status:
         work = self._work
@@ -390,6 +421,7 @@ class Service:
             nice=os.nice(0),
             memory_bytes=memory.peak_private_bytes(),
             torch_imported=protocol.torch_is_imported(),
+            unsent=work.following.behind() if work is not None and work.following is not None else {},
         )
 
 

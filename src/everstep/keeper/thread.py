@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from everstep.chain.history import Chain
 from everstep.keeper.arena import Arena
-from everstep.keeper.base import ARENAS, Held, Job, Outcome, Terms
+from everstep.keeper.base import ARENAS, Followed, Held, Job, Outcome, Terms
+from everstep.keeper.following import Following, Target
 from everstep.keeper.keeping import TIDYING, Given, Keeping
+from everstep.store.base import Store
 
 
 class ThreadKeeper:
@@ -19,11 +21,23 @@ class ThreadKeeper:
         chain: where to.
         on_outcome: called in the keeper's thread after each job, before its `Pending` says so.
         warn: is told, a sentence each, what failed and did no harm.
+        replicas: where the chain is followed.
+        on_followed: is told how each replica stands, from its thread.
     """
 
+    outlives = False
+
     def __init__(
-        self, chain: Chain, on_outcome: Callable[[Outcome], None], warn: Callable[[str], None]
+        self,
+        chain: Chain,
+        on_outcome: Callable[[Outcome], None],
+        warn: Callable[[str], None],
+        replicas: Sequence[Store] = (),
+        on_followed: Callable[[Followed], None] = lambda followed: None,
     ) -> None:
+        self._replicas = replicas
+        self._on_followed = on_followed
+        self._following: Following | None = None
         self._chain = chain
         self._on_outcome = on_outcome
         self._warn = warn
@@ -40,7 +54,12 @@ class ThreadKeeper:
         return []
 
     def begin(self, terms: Terms) -> None:
-        self._keeping = Keeping(self._chain, terms, self._warn)
+        if self._replicas:
+            targets = [Target(store.url, store) for store in self._replicas]
+            self._following = Following(
+                self._chain, terms.branch, terms.lease, terms.keep, targets, self._on_followed, self._warn
+            )
+        self._keeping = Keeping(self._chain, terms, self._warn, self._following)
         self._thread = threading.Thread(target=self._work, name="everstep-keeper", daemon=True)
         self._thread.start()
 
@@ -104,6 +123,8 @@ class ThreadKeeper:
         self._given.put(None)
         if self._thread is not None:
             self._thread.join()
+        if self._following is not None:
+            self._following.close()
         self._keeping = None
         while self._arenas:
             self._arenas.pop().close()

@@ -11,13 +11,15 @@ from dataclasses import replace
 from typing import Protocol
 
 from everstep.chain.history import Chain
-from everstep.errors import Damaged, Unavailable
+from everstep.errors import Damaged, EverstepError, Unavailable
 from everstep.format.layout import Layout
 from everstep.keeper import memory, protocol
 from everstep.keeper.arena import Arena, allocated
 from everstep.keeper.base import Job, Outcome, Terms
+from everstep.keeper.following import Following, Target
 from everstep.keeper.keeping import TIDYING, Given, Keeping
 from everstep.keeper.protocol import Message
+from everstep.store.urls import open_store
 
 MAX_ARENAS = 64
 MAX_JOBS = 1024
@@ -49,6 +51,7 @@ class Work:
         trainer: to be told what becomes of its jobs.
         wake: called when something has changed that the caller may wait for.
         spare: an arena of an earlier trainer that is not needed any more.
+        after: what followed for an earlier trainer, and was stopped.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Work:
         trainer: Telling,
         wake: Callable[[], None],
         spare: Arena | None = None,
+        after: Following | None = None,
     ) -> None:
         self._chain = chain
         self._terms = terms
@@ -66,6 +70,8 @@ class Work:
         self._wake = wake
         self._spare = spare
         self._keeping: Keeping | None = None
+        self.following = self._follow(after) if terms.replicas else None
+        """The replicas, as long as there is something for them."""
         self._layout: Layout | None = None
         self._arenas: dict[int, Arena] = {}
         self._jobs: dict[int, _Held] = {}
@@ -110,6 +116,26 @@ class Work:
     def unfinished(self) -> bool:
         """Whether the last job has failed and could be tried once more."""
         return self._failed is not None
+
+    def _follow(self, after: Following | None) -> Following:
+        terms = self._terms
+        targets = []
+        for name, address in terms.replicas:
+            try:
+                targets.append(Target(name, open_store(address)))
+            except EverstepError as error:
+                self._warn(f"the replica {name} cannot be opened by the keeper: {error.problem}")
+        return Following(
+            self._chain,
+            terms.branch,
+            terms.lease,
+            terms.keep,
+            targets,
+            lambda followed: self._tell(protocol.Stands.of(followed)),
+            self._warn,
+            self._wake,
+            after,
+        )
 
     # -- memory ---------------------------------------------------------------------------------------------
 
@@ -248,7 +274,7 @@ class Work:
 
     def _kept(self) -> Keeping:
         if self._keeping is None:
-            self._keeping = Keeping(self._chain, self._terms, self._warn)
+            self._keeping = Keeping(self._chain, self._terms, self._warn, self.following)
         return self._keeping
 
     def _outcome(self, held: _Held) -> Outcome:
@@ -299,10 +325,12 @@ class Work:
             self._jobs[held.number] = held
             self._given.put(held)
 
-    def rest(self) -> None:
-        """Keep the memory of the newest snapshot (and of a job that may be tried once more), and give all
-        other back. Only when idle."""
+    def rest(self, keep: bool = True) -> None:
+        """Keep the memory of the newest snapshot (and of a job that may be tried once more), unless nobody
+        comes for it, and give all other back. Only when idle."""
         self._keeping = None  # It looks at arenas, to compare.
+        if not keep:
+            self._newest = self._failed = None
         kept = [self._newest[1]] if self._newest is not None else []
         if self._failed is not None and self._failed.given.arena is not None:
             kept.append(self._failed.given.arena)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from everstep.chain.history import Chain
 from everstep.errors import Unsupported
-from everstep.keeper.base import Keeper, Outcome
+from everstep.keeper.base import Followed, Keeper, Outcome
 from everstep.keeper.thread import ThreadKeeper
-from everstep.store.base import Addressed
+from everstep.store.base import Addressed, Store
 from everstep.store.local import LocalStore
 
 
@@ -18,17 +18,22 @@ def find(
     kind: str,
     on_outcome: Callable[[Outcome], None],
     warn: Callable[[str], None],
+    replicas: Sequence[Store] = (),
+    on_followed: Callable[[Followed], None] = lambda followed: None,
 ) -> Keeper:
-    """The keeper of a branch of a chain, as `kind` says: `process` or `thread`. Does not block.
+    """The keeper of a branch of a chain, as `kind` says: `process` or `thread`; it sends to `replicas` what
+    is new, and tells how they stand. Does not block.
 
     A store that lives in this process can only be served by a thread. So can a system that lends no memory
     from process to process: this is told.
     """
-    if kind == "process" and isinstance(chain.store, LocalStore | Addressed):
+    if kind == "process" and all(isinstance(one, LocalStore | Addressed) for one in (chain.store, *replicas)):
         from everstep.keeper.client import ProcessKeeper
 
         try:
-            return ProcessKeeper(chain, on_outcome, warn, branch=branch)
+            return ProcessKeeper(
+                chain, on_outcome, warn, branch=branch, replicas=replicas, on_followed=on_followed
+            )
         except Unsupported as error:
             warn(f"snapshots are stored by a thread of this process: {error.problem}")
-    return ThreadKeeper(chain, on_outcome, warn)
+    return ThreadKeeper(chain, on_outcome, warn, replicas, on_followed)

@@ -18,13 +18,15 @@ from everstep.state.restore import Restored, restore
 @dataclass(frozen=True)
 class Resumption:
     """A state that came back. `remarks` is damage that was seen and did not matter; `from_arena`, whether the
-    keeper still had it in memory, so that the store was read at most for a rest."""
+    keeper still had it in memory, so that the store was read at most for a rest; `got_round`, whether a
+    replica was read for what the chain's own store has not, or not whole."""
 
     snapshot: Snapshot
     manifest: Manifest
     restored: Restored
     remarks: tuple[str, ...]
     from_arena: bool = False
+    got_round: bool = False
 
 
 def refuse_unwanted(chain: Chain, resume: str, branch: str) -> None:
@@ -128,4 +130,4 @@ def restored(
         remarks.extend(reader.fill(manifest, wanted))
 
     state = restore(manifest, fill, objects, strict=strict)
-    return Resumption(snapshot, manifest, state, tuple(remarks), taken > 0)
+    return Resumption(snapshot, manifest, state, tuple(remarks), taken > 0, reader.got_round)

@@ -17,8 +17,10 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from everstep.chain import versions
+from everstep.chain.adoption import Replicas
 from everstep.chain.history import Chain
-from everstep.chain.lease import Lease, Leases, refuse_living
+from everstep.chain.lease import Leases, refuse_living
+from everstep.chain.replicas import address_of, remember
 from everstep.chain.steplog import StepLog
 from everstep.chain.writer import Facts
 from everstep.errors import EverstepError, Mismatch, NotFound
@@ -35,7 +37,7 @@ from everstep.events import (
     default_sink,
 )
 from everstep.format.record import Number, Origin, StepRecord, number
-from everstep.keeper.base import Held, Keeper, Outcome, Pending, Terms
+from everstep.keeper.base import Held, Keeper, Outcome, Pending, Standings, Terms
 from everstep.run import environment, keepers, resume, starting, triggers
 from everstep.run.given import drift_since, drifted, given, overruled, plain_config
 from everstep.run.metrics import Reading
@@ -50,7 +52,9 @@ from everstep.state.data import Track, track
 from everstep.state.objects import modules, named, optimizers
 from everstep.state.restore import is_plain
 from everstep.state.workers import let_workers_end_with_the_process, need_no_worker
+from everstep.store.base import Store
 from everstep.store.local import LocalStore
+from everstep.store.replicated import ReplicatedStore
 from everstep.store.urls import open_store
 
 Clock = Callable[[], float]
@@ -87,6 +91,7 @@ class Run:
         self._settings = settings
         self._store = open_store(settings.repo, unsafe_single_writer=settings.unsafe_single_writer)
         self._emit = sink or default_sink()
+        self._replicas = Replicas(self._replica_stores(), self._emit)
         self._clock = clock
         self._objects = named(objects)
         self._track = None if loader is None else track(loader)
@@ -124,20 +129,43 @@ class Run:
 
     # -- opening ------------------------------------------------------------------------------------------
 
+    def _replica_stores(self) -> list[Store]:
+        insisted = self._settings.unsafe_single_writer
+        stores = [open_store(one, unsafe_single_writer=insisted) for one in self._settings.replica_list]
+        places = [address_of(one) or id(one) for one in (self._store, *stores)]
+        twice = next(
+            (one.url for one, place in zip(stores, places[1:], strict=True) if places.count(place) > 1), ""
+        )
+        if twice:
+            raise Mismatch(
+                f"{twice} is named twice: a chain is no replica of itself",
+                kept="nothing was touched",
+                next="another place for the replica",
+            )
+        return stores
+
     def _connect(self, start: Start | Return | None) -> None:
         """Become the writer, and bring the objects to where the run goes on."""
         # Before anything is asked of a keeper, which may be at work for a living process.
         settings = self._settings
         branch = settings.branch
         refuse_living(self.chain.store, branch)
-        self._keeper: Keeper = keepers.find(self.chain, branch, settings.keeper, self._outcome, self._warn)
+        replicas = self._replicas.stores
+        names = [store.url for store in replicas]
+        self._standings = Standings(self.chain.url, names, self._emit, self._taken_over)
+        self._keeper: Keeper = keepers.find(
+            self.chain, branch, settings.keeper, self._outcome, self._warn, replicas, self._standings.told
+        )
         try:
             held = self._keeper.held()
-            self._lease = Lease.take(self.chain.store, branch)
+            self._lease = self._replicas.take(self.chain, branch)
             try:
+                remember(self.chain, replicas)
+                self._replicas.adopt(self.chain, branch, self._lease, settings.resume != "never")
                 self._begin(held, start)
             except BaseException:
                 self._lease.release()
+                self._replicas.let_go(self.chain, branch, self._lease, ())
                 raise
         except BaseException:
             self._keeper.close()
@@ -149,11 +177,15 @@ class Run:
         try:
             chain = chains(self._store)
         except NotFound as error:
-            if settings.resume not in ("auto", "never") and not settings.start:
+            wanted = settings.resume not in ("auto", "never") and not settings.start
+            about = self._replicas.chain_record()
+            if about is None and wanted:
                 next = "resume='auto' to start from nothing, or the path of the chain"
                 raise NotFound(error.problem, kept="nothing was touched", next=next, key=error.key) from error
-            start = starting.find(settings, None)
-            return chains.create(self._store), start
+            if about is None:
+                start = starting.find(settings, None)
+                return chains.create(self._store), start
+            chain = chains.create_as(self._store, about)
         resume.refuse_unwanted(chain, settings.resume, settings.branch)
         return chain, starting.find(settings, chain)
 
@@ -168,6 +200,7 @@ class Run:
             settings.arena_limit_bytes,
             self.chain.about.grid_bytes,
             settings.paranoid,
+            self._standings,
         )
         back = self._brought_back(held, start)
         self._repeat = Repeat({})
@@ -177,7 +210,8 @@ class Run:
             why = "the chain is empty" if settings.resume == "auto" else f"resume={settings.resume!r}"
             self._emit(Started(self.chain.url, why))
         parent = "" if back is None or self._origin is not None else back.snapshot.id
-        self._keeper.begin(Terms(branch, self._lease.number, parent, settings.keep))
+        fresh = back is not None and back.got_round
+        self._keeper.begin(Terms(branch, self._lease.number, parent, settings.keep, fresh))
         for name, optimizer in optimizers(self._objects).items():
             self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._taking.fence()))
             self._hooks.append(
@@ -201,13 +235,18 @@ class Run:
             self._origin = start.begin(self.chain, self._lease, branch)
             return back
         found = resume.bring_back(
-            self.chain, settings.resume, branch, objects, settings.strict, self._emit, held
+            self._readable(), settings.resume, branch, objects, settings.strict, self._emit, held
         )
         told = None if found is None else versions.rolled_back(self.chain, branch)
         if found is not None and told is not None:
             step = found.snapshot.step
             self._rolled_back = replace(told, snapshot=found.snapshot.id, to_step=step)
         return found
+
+    def _readable(self) -> Chain:
+        """The chain, with what its own store lacks, or has damaged, out of the replicas."""
+        near = self._replicas.near
+        return type(self.chain)(ReplicatedStore(self.chain.store, near)) if near else self.chain
 
     def _remarks(self, start: Start | Return | None) -> list[str]:
         """What is worth saying about where the run goes on."""
@@ -578,7 +617,7 @@ class Run:
         self._taking.raise_background()
         branch, step, received = self._settings.branch, self._steps, self._signals.received
         back = Return(self.chain, self.chain.find(ref, branch), ref)
-        self._end(last=False)
+        self._end(last=False, replica_wait_s=0.0)
         self._forget_step()
         self._connect(back)
         self._closed = False
@@ -625,10 +664,18 @@ class Run:
     def _warn(self, text: str) -> None:
         self._emit(Warned(text))
 
+    # In a thread that follows:
+
+    def _taken_over(self, error: EverstepError) -> None:
+        """By way of a replica: the run stops at the next tick, as it does where its own store says so."""
+        self._emit(Warned(str(error)))
+        self._taking.errors.append((Pending(), error))
+
     # -- ending -------------------------------------------------------------------------------------------
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until all snapshots taken are durable; False when `timeout` seconds were not enough.
+        """Wait until all snapshots taken are durable in the chain's own store; False when `timeout` seconds
+        were not enough. Replicas are not waited for: `take().durable("all")` does.
 
         Raises:
             EverstepError: one has failed; those before it are intact.
@@ -641,6 +688,9 @@ class Run:
         """Take a last snapshot if steps were finished since the last, wait until all are durable, and let go
         of the chain. Does nothing the second time.
 
+        Replicas are waited for a minute at most (`EVERSTEP_REPLICA_WAIT`), and not if they are away; what
+        they lack then is told. A keeper process goes on sending it; else the next run does.
+
         Raises:
             EverstepError: a snapshot has failed; those before it are intact.
         """
@@ -652,7 +702,8 @@ class Run:
     def _inside_a_step(self) -> bool:
         return self._stepping or (self._track is not None and self._track.open)
 
-    def _end(self, last: bool) -> None:
+    def _end(self, last: bool, replica_wait_s: float | None = None) -> None:
+        wait_s = self._settings.replica_wait if replica_wait_s is None else replica_wait_s
         try:
             if last and self._steps:
                 self._take("close", pending=Pending())
@@ -663,7 +714,7 @@ class Run:
             self._finish_records(wait=True)
             for event in self._repeat.end(self._steps):
                 self._emit(event)
-            unsealed = self._taking.close()
+            unsealed = self._taking.close(wait_s)
             self._quietly(partial(self._log.seal, unsealed + self._log.cut()))
             self._quietly(self._sweep)
             self._signals.remove()
@@ -674,7 +725,12 @@ class Run:
                 self._track.close()
             atexit.unregister(self._at_exit)
             self._quietly(self._lease.release)
+            self._quietly(self._let_go_of_replicas)
         self._taking.raise_background()
+
+    def _let_go_of_replicas(self) -> None:
+        unsent = self._standings.unsent()
+        self._replicas.let_go(self.chain, self._settings.branch, self._lease, unsent)
 
     def _sweep(self) -> None:
         """What killed writers left half-written goes, unless another branch has a writer: it may be its."""

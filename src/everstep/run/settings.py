@@ -38,6 +38,9 @@ class Settings:
     max_arena_bytes: int | str | None = None
     start: str = ""
     unsafe_single_writer: bool = False
+    replicas: Sequence[str | Store] | str = ()
+    replica_wait: float = 60.0
+    """For so many seconds `close` waits for replicas; only the environment says so."""
     keeper: str = "process"
     """`process`, or `thread`; only the environment says so: it is for debuggers and sandboxes."""
     paranoid: bool = False
@@ -58,6 +61,11 @@ class Settings:
             variable = f"EVERSTEP_{name.upper()}"
             if found.get(variable):
                 changes[name] = truth(variable, found[variable])
+        if found.get("EVERSTEP_REPLICAS"):
+            changes["replicas"] = found["EVERSTEP_REPLICAS"]
+        if found.get("EVERSTEP_REPLICA_WAIT"):
+            _check_number("EVERSTEP_REPLICA_WAIT", found["EVERSTEP_REPLICA_WAIT"], float, 1e6)
+            changes["replica_wait"] = float(found["EVERSTEP_REPLICA_WAIT"])
         for variable, (read, most) in _KEEPER_NUMBERS.items():
             if found.get(variable):
                 _check_number(variable, found[variable], read, most)
@@ -89,6 +97,13 @@ class Settings:
                 kept="nothing was touched",
                 next="EVERSTEP_KEEPER=process",
             )
+
+    @property
+    def replica_list(self) -> tuple[str | Store, ...]:
+        """Those of a text have commas between them."""
+        if not isinstance(self.replicas, str):
+            return tuple(self.replicas)
+        return tuple(one.strip() for one in self.replicas.split(",") if one.strip())
 
     def arena_limit_bytes(self) -> int:
         """What all arenas together may take: where nothing was asked for, most of the memory that is free

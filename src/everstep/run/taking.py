@@ -13,11 +13,11 @@ from functools import cached_property, partial
 from everstep.chain.steplog import EndedJournal
 from everstep.chain.writer import Facts
 from everstep.errors import Damaged, Unavailable
-from everstep.events import Failed, Missed, Sink, Taken, Warned, size
+from everstep.events import Failed, Missed, Sink, Taken, Unsent, Warned, size
 from everstep.format.record import Number
 from everstep.format.values import encode
 from everstep.keeper.arena import Arena
-from everstep.keeper.base import ARENAS, Job, Keeper, Outcome, Pending
+from everstep.keeper.base import ARENAS, Job, Keeper, Outcome, Pending, Standings
 from everstep.state.capture import Capture, Capturer
 from everstep.state.collecting import Collected
 from everstep.state.copying import copy_range
@@ -56,10 +56,17 @@ class Taking:
             A state that needs more is streamed through them.
         grid_bytes: the chain's.
         paranoid: compare each capture with the state once more, right before the optimizer's step.
+        standings: how the replicas stand to what is taken.
     """
 
     def __init__(
-        self, keeper: Keeper, emit: Sink, arena_limit: Callable[[], int], grid_bytes: int, paranoid: bool
+        self,
+        keeper: Keeper,
+        emit: Sink,
+        arena_limit: Callable[[], int],
+        grid_bytes: int,
+        paranoid: bool,
+        standings: Standings,
     ) -> None:
         self.errors: deque[tuple[Pending, BaseException]] = deque()
         self.taken_step: int | None = None
@@ -71,6 +78,7 @@ class Taking:
         self._arena_limit = arena_limit
         self._grid_bytes = grid_bytes
         self._paranoid = paranoid
+        self._standings = standings
         self._capturer = Capturer()
         self._capture: Capture | None = None
         """The one that was not passed on yet."""
@@ -148,6 +156,7 @@ class Taking:
     def _started(self, job: Job, occasion: Occasion) -> None:
         """The state is being copied: from now on this snapshot is the newest."""
         job.pending.begun = True
+        job.pending.standings = self._standings
         job.journals = [*self._unsealed(), *occasion.journals()]
         self.taken_step = job.facts.step
         self.again = False
@@ -282,6 +291,7 @@ class Taking:
                 self.taken_step = None  # The next occasion, `close` at the latest, tries again.
             return
         taken = outcome.snapshot.record
+        self._standings.took(outcome.snapshot)
         self._emit(
             Taken(
                 snapshot=outcome.snapshot.id,
@@ -291,6 +301,7 @@ class Taking:
                 logical_bytes=taken.logical_bytes,
                 stall_ms=taken.costs.get("stall", 0.0),
                 durable_ms=outcome.durable_ms,
+                behind=self._standings.behind(taken.step),
             )
         )
 
@@ -311,9 +322,13 @@ class Taking:
         left = None if timeout is None else max(0.0, timeout - (time.monotonic() - begun))
         return self._keeper.wait(left)
 
-    def close(self) -> list[EndedJournal]:
-        """Wait for all, and let go of the keeper; returns the step log that no snapshot took along."""
+    def close(self, replica_wait_s: float = 0.0) -> list[EndedJournal]:
+        """Wait for all, and for replicas so many seconds at most, and let go of the keeper; returns the step
+        log that no snapshot took along."""
         self.wait()
+        self._standings.settle(replica_wait_s)
+        for replica, behind in self._standings.unsent().items():
+            self._emit(Unsent(replica, behind, self._keeper.outlives))
         self._unfenced = None
         self._capturer.close()
         self._keeper.close()

@@ -44,13 +44,23 @@ class LocalStore:
     def put(self, key: str, parts: Sequence[Buffer]) -> bool:
         final = self._path(key)
         try:
-            self._make_directories(final.parent)
-            if final.exists():
-                return self._taken(final)
-            self._make_directories(self.root / TEMPORARY)
-            return self._put(final, parts)
+            try:
+                return self._put_in_directory(final, parts)
+            except FileNotFoundError:
+                if final.parent.is_dir() and (self.root / TEMPORARY).is_dir():
+                    raise
+                # Somebody took away a directory that was made here before.
+                self._durable.clear()
+                return self._put_in_directory(final, parts)
         except OSError as error:
             raise self._translated(error, key, "write") from error
+
+    def _put_in_directory(self, final: Path, parts: Sequence[Buffer]) -> bool:
+        self._make_directories(final.parent)
+        if final.exists():
+            return self._taken(final)
+        self._make_directories(self.root / TEMPORARY)
+        return self._put(final, parts)
 
     def _put(self, final: Path, parts: Sequence[Buffer]) -> bool:
         temporary = str(self.root / TEMPORARY / f"{os.getpid()}-{secrets.token_hex(8)}")
