@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from . import ceph as gateway
+from . import hdfs as hadoop
 from . import small
 from .fault_proxy import FaultProxy
 from .running import S3
@@ -45,6 +46,14 @@ def ceph() -> Iterator[S3]:
             yield server
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def hdfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hadoop.HDFS]:
+    """A NameNode and three DataNodes."""
+    need("HDFS", hadoop.missing())
+    with hadoop.running(tmp_path_factory.mktemp("hdfs")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -82,3 +91,14 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Bucket:
         return f"s3://{server.make_bucket(f'b{os.getpid()}-{next(_buckets)}')}"
 
     return make
+
+
+Directory = Callable[[], str]
+
+
+@pytest.fixture
+def directory(hdfs: hadoop.HDFS, monkeypatch: pytest.MonkeyPatch) -> Directory:
+    """Names a fresh directory on HDFS, with the environment set for it; returns the URL."""
+    for name, value in hdfs.variables().items():
+        monkeypatch.setenv(name, value)
+    return lambda: f"{hdfs.url}/tests/{os.getpid()}-{next(_buckets)}"

@@ -97,11 +97,14 @@ def _end(child: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def wait_for(ready: Callable[[], bool], child: subprocess.Popen[bytes], log: Path) -> None:
-    """Ask until it answers. Raises RuntimeError with the end of its log when it died or takes too long."""
+def wait_for(
+    ready: Callable[[], bool], child: subprocess.Popen[bytes], log: Path, *, alive: bool = True
+) -> None:
+    """Ask until it answers. Raises RuntimeError with the end of its log when it takes too long, or when it
+    died where it should be `alive`."""
     end = time.monotonic() + READY_S
     while not ready():
-        if child.poll() is not None or time.monotonic() > end:
+        if (alive and child.poll() is not None) or time.monotonic() > end:
             said = log.read_text(errors="replace")[-2000:]
             raise RuntimeError(f"{child.args} is not ready (status {child.poll()}): {said}")
         time.sleep(ASK_S)  # Nothing tells when another program listens.

@@ -50,7 +50,7 @@ from everstep.state.data import Track, track
 from everstep.state.objects import modules, named, optimizers
 from everstep.state.restore import is_plain
 from everstep.state.workers import let_workers_end_with_the_process, need_no_worker
-from everstep.store.local import LocalStore
+from everstep.store.base import Sweeping
 from everstep.store.urls import open_store
 
 Clock = Callable[[], float]
@@ -680,7 +680,7 @@ class Run:
         """What killed writers left half-written goes, unless another branch has a writer: it may be its."""
         store = self.chain.store
         others = (one for one in Leases(store).holding({}) if one.branch != self._settings.branch)
-        if isinstance(store, LocalStore) and all(one.dead for one in others):
+        if isinstance(store, Sweeping) and all(one.dead for one in others):
             store.sweep()
 
     def _quietly(self, action: Callable[[], None]) -> None:
