@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from .running import free_ports, process, wait_for
+from .running import free_ports, listens, process, wait_for
 from .small import missing as missing_packages
 
 REPLICAS = 3
@@ -93,10 +93,13 @@ class HDFS:
         self._nodes[number].send_signal(signal.SIGKILL)
         self._nodes[number].wait(60)
 
-    def wait_for_nodes(self, count: int) -> None:
-        """Until the NameNode knows of so many living ones."""
+    def revive_node(self, number: int) -> None:
+        """Start one that was killed; returns when it takes blocks again."""
+        self.start_node(number)
         wait_for(
-            lambda: self.live_nodes() == count, self._nodes[0], self._directory / "namenode.log", alive=False
+            lambda: self.live_nodes() == REPLICAS and listens(self._node_ports[number][0]),
+            self._nodes[number],
+            self._directory / f"node{number}.log",
         )
 
     def live_nodes(self) -> int:

@@ -97,14 +97,11 @@ def _end(child: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def wait_for(
-    ready: Callable[[], bool], child: subprocess.Popen[bytes], log: Path, *, alive: bool = True
-) -> None:
-    """Ask until it answers. Raises RuntimeError with the end of its log when it takes too long, or when it
-    died where it should be `alive`."""
+def wait_for(ready: Callable[[], bool], child: subprocess.Popen[bytes], log: Path) -> None:
+    """Ask until it answers. Raises RuntimeError with the end of its log when it died or takes too long."""
     end = time.monotonic() + READY_S
     while not ready():
-        if (alive and child.poll() is not None) or time.monotonic() > end:
+        if child.poll() is not None or time.monotonic() > end:
             said = log.read_text(errors="replace")[-2000:]
             raise RuntimeError(f"{child.args} is not ready (status {child.poll()}): {said}")
         time.sleep(ASK_S)  # Nothing tells when another program listens.
@@ -116,6 +113,15 @@ def answers(endpoint: str) -> bool:
         with urllib.request.urlopen(endpoint, timeout=5):
             return True
     except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def listens(port: int) -> bool:
+    """Whether somebody takes connections on a port of the loopback."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 5).close()
         return True
     except OSError:
         return False

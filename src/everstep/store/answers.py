@@ -1,7 +1,8 @@
 """What a failed request to a store over a network means, and how to say it.
 
-What obstore says is understood here, what a NameNode says in `namenode`. obstore tells the status and the body of an answer only in the text of its exception. That text may hold parts
-of credentials (an access key, a signed string), so nothing of it is passed on but the status and the code.
+What obstore says is understood here, what a NameNode says in `namenode`. obstore tells the status and the
+body of an answer only in the text of its exception. That text may hold parts of credentials (an access key, a
+signed string), so nothing of it is passed on but the status and the code.
 """
 
 from __future__ import annotations

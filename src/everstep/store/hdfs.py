@@ -135,6 +135,7 @@ class HdfsStore:
     def _publish(self, file: _File, final: str, key: str, turns: Turns) -> bool:
         """Give a whole file its name. True: it has it. False: nobody can say whether it got it, or somebody
         else has taken the name or the file: look again. Raises Conflict."""
+        parent = final.rpartition("/")[0]
         for _ in range(2):
             try:
                 self._ask(lambda client: client.rename(file.path, final, False))
@@ -150,8 +151,9 @@ class HdfsStore:
             # There is no such directory yet; or no such file any more, and then a look tells whether it has
             # got its name: hdfs-native repeats a request whose answer was lost.
             try:
-                parent = final.rpartition("/")[0]
-                self._tried("write", key, lambda client: client.mkdirs(parent, 0o755, True), [TAKEN, OBSTRUCTED])
+                self._tried(
+                    "write", key, lambda client: client.mkdirs(parent, 0o755, True), [TAKEN, OBSTRUCTED]
+                )
             except Failed:
                 raise _obstructed(self.url, key) from None
         return False
@@ -313,7 +315,10 @@ class HdfsStore:
             path = f"{self._where.path}/{TEMPORARY}/{name}"
             if not found.isdir:
                 self._tried(
-                    "sweep", TEMPORARY, lambda client, path=path: client.delete(path, False), [MISSING]  # type: ignore[misc]
+                    "sweep",
+                    TEMPORARY,
+                    lambda client, path=path: client.delete(path, False),
+                    [MISSING],  # type: ignore[misc]
                 )
                 freed += int(found.length)
         return freed
@@ -328,8 +333,8 @@ class HdfsStore:
         """
         if not refuses_to_overwrite(self):
             raise Unsupported(
-                f"{self.url} overwrites files although it was asked not to, so that two writers would destroy "
-                "each other's snapshots",
+                f"{self.url} overwrites files although it was asked not to, so that two writers would "
+                "destroy each other's snapshots",
                 kept="nothing was created",
                 next="another store",
             )
@@ -391,8 +396,8 @@ def _answered(request: Callable[[], Result]) -> Result:
 
 
 def _pieces(views: Sequence[memoryview]) -> Iterator[bytes]:
-    """All bytes, in pieces of a size that is sent with one call. hdfs-native takes bytes ten times faster than
-    views, and they are nobody else's when a call is not waited for any more."""
+    """All bytes, in pieces of a size that is sent with one call. hdfs-native takes bytes faster than views,
+    and they are nobody else's when a call is not waited for any more."""
     waiting: list[memoryview] = []
     size_bytes = 0
     for view in views:

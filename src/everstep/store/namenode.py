@@ -28,6 +28,7 @@ _AUTHORITY = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*(:[0-9]{1,5})?)?")
 _PART = re.compile(r"[^/:\x00-\x1f\x7f]+")
 _CLASS = re.compile(r'RPCError\("([\w.$]+)"')
 
+_OBSTRUCTED = "a file stands where a directory belongs"
 _KINDS = {
     "FileNotFoundException": MISSING,
     "PathIsNotEmptyDirectoryException": MISSING,  # To delete a directory that holds something.
@@ -55,8 +56,8 @@ _KINDS = {
 """The classes of a NameNode's exceptions; all others refuse."""
 
 _REASONS = {
-    "ParentNotDirectoryException": "a file stands where a directory belongs",
-    "IllegalStateException": "a file stands where a directory belongs",
+    "ParentNotDirectoryException": _OBSTRUCTED,
+    "IllegalStateException": _OBSTRUCTED,
     "AccessControlException": "permission denied",
     "AuthorizationException": "permission denied",
     "SafeModeException": "the NameNode is in safe mode",
@@ -81,7 +82,15 @@ _REASONS = {
     "timed out": "no answer in time",
     "no data received": "no answer in time",
 }
-_OURS = ("InvalidArgument", "InvalidPath", "UrlParseError", "XmlParseError", "SASL", "GSSAPI", "FatalRPCError")
+_OURS = (
+    "InvalidArgument",
+    "InvalidPath",
+    "UrlParseError",
+    "XmlParseError",
+    "SASL",
+    "GSSAPI",
+    "FatalRPCError",
+)
 """Signs of errors that waiting does not help against."""
 
 Result = TypeVar("Result")
@@ -89,8 +98,8 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Address:
-    """`authority` is HOST:PORT, the name of a name service, or "" for the default of the configuration; `path`
-    begins with '/' and ends with none."""
+    """`authority` is HOST:PORT, the name of a name service, or "" for the configuration's default; `path`
+    begins with '/' and ends with none, or is "" for the root."""
 
     authority: str
     path: str
@@ -146,7 +155,8 @@ def client(address: Address, patience: Patience) -> Any:
         "dfs.client.failover.max.attempts": "3",
         "dfs.client.failover.sleep.base.millis": "100",
         "dfs.client.failover.sleep.max.millis": "1000",
-        "dfs.client.socket-timeout": f"{patience.request_s * 1e3:.0f}",
+        # So long a DataNode may be silent; a write that waits for one that died has time for another then.
+        "dfs.client.socket-timeout": f"{patience.request_s / 2 * 1e3:.0f}",
     }
     return native.Client(f"{SCHEME}://{address.authority}" if address.authority else None, settings)
 
@@ -191,7 +201,8 @@ def understood(error: BaseException) -> Answer | None:
     if isinstance(error, FileNotFoundError | IsADirectoryError):
         return Answer(MISSING, "")
     if isinstance(error, FileExistsError):
-        return Answer(TAKEN, "there is one")
+        obstructed = "not a directory" in str(error)
+        return Answer(OBSTRUCTED, _OBSTRUCTED) if obstructed else Answer(TAKEN, "there is one")
     if isinstance(error, NotImplementedError):
         return Answer(UNABLE, str(error).partition("\n")[0][:100])
     # A thread of hdfs-native's that fails for a reason of its own tells it by an exception that is none.

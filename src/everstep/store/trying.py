@@ -29,9 +29,7 @@ class Trying:
     patience: Patience
     clock: Clock
 
-    def tried(
-        self, verb: str, key: str, request: Callable[[], Result], meant: Sequence[str] = ()
-    ) -> Result:
+    def tried(self, verb: str, key: str, request: Callable[[], Result], meant: Sequence[str] = ()) -> Result:
         """A request that does no harm when it is made twice; it raises `Failed` where it fails.
 
         Raises:

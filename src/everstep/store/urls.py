@@ -11,7 +11,10 @@ from everstep.store.patience import Patience
 
 
 def open_store(
-    url: str | os.PathLike[str] | Store, *, unsafe_single_writer: bool = False, patience: Patience | None = None
+    url: str | os.PathLike[str] | Store,
+    *,
+    unsafe_single_writer: bool = False,
+    patience: Patience | None = None,
 ) -> Store:
     """A store for a path or a URL, or `url` itself when it is a store. Touches nothing yet.
 

@@ -83,8 +83,9 @@ def listed(store: Store, prefix: str = "", limit: int | None = None) -> list[str
 
 
 def put_all(store: Store, names: Iterable[str]) -> None:
-    for name in names:
-        assert store.put(name, [name.encode()]) is True
+    """Several at once: some stores take their time for each."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        assert all(threads.map(lambda name: store.put(name, [name.encode()]) is True, names))
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
