@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from . import azure as emulator
 from . import ceph as gateway
 from . import hdfs as hadoop
 from . import small
@@ -49,11 +50,14 @@ def ceph() -> Iterator[S3]:
 
 
 @pytest.fixture(scope="session")
-def hdfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hadoop.HDFS]:
-    """A NameNode and three DataNodes."""
+def hdfs() -> Iterator[hadoop.HDFS]:
+    """A NameNode and three DataNodes. What they hold lies in memory where it can: each of their many syncs
+    would wait for the disk that all tests share."""
     need("HDFS", hadoop.missing())
-    with hadoop.running(tmp_path_factory.mktemp("hdfs")) as server:
-        yield server
+    where = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="everstep-hdfs-", dir=where) as directory:
+        with hadoop.running(Path(directory)) as server:
+            yield server
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +65,21 @@ def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     need("moto", small.missing(*small.MOTO))
     with small.moto(tmp_path_factory.mktemp("moto")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[emulator.Azure]:
+    need("Azurite", emulator.missing())
+    with emulator.running(tmp_path_factory.mktemp("azurite")) as server:
+        yield server
+
+
+@pytest.fixture
+def container(azurite: emulator.Azure, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh one of Azure's, with the environment set for it; its URL."""
+    for name, value in azurite.variables().items():
+        monkeypatch.setenv(name, value)
+    return f"az://{azurite.make_container(f'c{os.getpid()}-{next(_buckets)}')}"
 
 
 @pytest.fixture(scope="session")

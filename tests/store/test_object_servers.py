@@ -55,6 +55,30 @@ class TestCephWithoutAPrefix(StoreContract):
         return ObjectStore(bucket(ceph), patience=HASTY)
 
 
+class TestAzurite(StoreContract):
+    """Azure's emulator."""
+
+    @pytest.fixture
+    def store(self, container: str) -> Store:
+        return ObjectStore(f"{container}/runs/gpt", patience=HASTY)
+
+
+def test_azure_keeps_a_chain(container: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(container)
+    data = pattern(PARTS_BYTES)
+    key = f"packs/cd/{DIGEST}"
+    assert store.put(key, odd_parts(data)) is True
+    assert store.put(key, [b"other"]) is False
+    assert bytes(store.get(key, 12_345_678, 20_000_000)) == data[12_345_678:32_345_678]
+    chain = Chain.create(f"{container}/runs/gpt", GRID_BYTES)
+    written = _write(chain, 3)
+    assert [snapshot.id for snapshot in chain.snapshots()] == [id for id, _ in reversed(written)]
+    assert verify(chain).findings == []
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "d3Jvbmc=")
+    with pytest.raises(Unavailable, match=r"403.*check AZURE_STORAGE_ACCOUNT_NAME"):
+        Chain(f"{container}/runs/gpt")
+
+
 @pytest.mark.parametrize("server", ["moto", "ceph"])
 def test_large_objects_in_parts(server: str, bucket: Bucket, request: pytest.FixtureRequest) -> None:
     store = open_store(bucket(request.getfixturevalue(server)))

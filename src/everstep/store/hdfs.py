@@ -42,6 +42,10 @@ DataNodes that the NameNode does not know to be dead again and again. The others
 
 FEWER_COPIES = 2
 
+FIRST_SYNC_SHARE = 0.25
+"""The first sync of a file may take this share of a request's time, that of the second try twice as much, and
+so on: after the death of a DataNode hdfs-native waits for a sync that never comes."""
+
 Result = TypeVar("Result")
 
 
@@ -89,10 +93,11 @@ class HdfsStore:
                 self._made = namenode.client(self._where, self._patience)
             return self._made
 
-    def _ask(self, request: Callable[[Any], Result]) -> Result:
-        """One request, once: it is given a client. Raises Failed."""
+    def _ask(self, request: Callable[[Any], Result], share: float = 1.0) -> Result:
+        """One request, once, in a share of the time that one may take: it is given a client. Raises Failed."""
         note_use(self.url)
-        return _answered(lambda: within(self._patience.request_s, lambda: request(self._client())))
+        seconds = self._patience.request_s * share
+        return _answered(lambda: within(seconds, lambda: request(self._client())))
 
     def _tried(
         self, verb: str, key: str, request: Callable[[Any], Result], meant: Sequence[str] = ()
@@ -120,7 +125,7 @@ class HdfsStore:
                 return lost and stored == size_bytes and self._holds(key, views)
             file = _File(self._ask, f"{self._where.path}/{TEMPORARY}/{secrets.token_hex(16)}")
             try:
-                file.write(views, size_bytes, meant)
+                file.write(views, size_bytes, meant, min(1.0, number * FIRST_SYNC_SHARE))
                 if self._publish(file, final, key, turns):
                     return True
                 lost = True
@@ -343,16 +348,19 @@ class HdfsStore:
 class _File:
     """A file on its way to become an object. `there`: it may be in the way."""
 
-    def __init__(self, ask: Callable[[Callable[[Any], Any]], Any], path: str) -> None:
+    def __init__(self, ask: Callable[..., Any], path: str) -> None:
         self.path = path
         self.there = False
         self._ask = ask
 
-    def write(self, views: Sequence[memoryview], size_bytes: int, meant: int | None) -> None:
+    def write(
+        self, views: Sequence[memoryview], size_bytes: int, meant: int | None, sync_share: float
+    ) -> None:
         """Create it, with all its bytes; durable on return. Raises Failed.
 
         Args:
             meant: so many copies are meant, and fewer will do for now.
+            sync_share: how much of a request's time the sync may take.
         """
         fewer = None if meant is None else min(meant, FEWER_COPIES)
         self.there = True
@@ -361,7 +369,7 @@ class _File:
             self._ask(lambda _, piece=piece: writer.write(piece))  # type: ignore[misc]
         if size_bytes:
             try:
-                self._ask(lambda _: writer.hsync())
+                self._ask(lambda _: writer.hsync(), sync_share)
             except Failed as failed:
                 # Erasure-coded files are as durable as they get when they are closed.
                 if failed.answer.kind != UNABLE:
