@@ -75,8 +75,8 @@ def running(directory: Path) -> Iterator[Azure]:
     (port,) = free_ports(1)
     log = directory / "azurite.log"
     command = [
-        str(_program()), "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(directory),
-        "--silent", "--skipApiVersionCheck", "--inMemoryPersistence", "--disableTelemetry",
+        str(_program()), "--blobHost", "127.0.0.1", "--blobPort", str(port), "--silent",
+        "--skipApiVersionCheck", "--inMemoryPersistence", "--disableTelemetry",
     ]  # fmt: skip
     with process(command, log) as child:
         endpoint = f"http://127.0.0.1:{port}"

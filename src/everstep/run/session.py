@@ -391,7 +391,8 @@ class Run:
 
         Raises:
             EverstepError: an earlier snapshot failed in the background. Snapshots before it are intact, and
-                the run may go on: the next trigger tries again.
+                the run may go on: the next trigger tries again. That a store over a network does not answer
+                is no reason to stop: the newest state waits in memory until it does.
             SystemExit: a signal came; the last snapshot is durable. The status is 143.
         """
         self._check_open()
@@ -575,7 +576,7 @@ class Run:
         """
         self._check_open()
         self._taking.wait()
-        self._taking.raise_background()
+        self._taking.raise_background(unstored=True)
         branch, step, received = self._settings.branch, self._steps, self._signals.received
         back = Return(self.chain, self.chain.find(ref, branch), ref)
         self._end(last=False)
@@ -634,7 +635,7 @@ class Run:
             EverstepError: one has failed; those before it are intact.
         """
         done = self._taking.wait(timeout)
-        self._taking.raise_background()
+        self._taking.raise_background(unstored=True)
         return done
 
     def close(self) -> None:
@@ -674,7 +675,7 @@ class Run:
                 self._track.close()
             atexit.unregister(self._at_exit)
             self._quietly(self._lease.release)
-        self._taking.raise_background()
+        self._taking.raise_background(unstored=True)
 
     def _sweep(self) -> None:
         """What killed writers left half-written goes, unless another branch has a writer: it may be its."""

@@ -141,4 +141,5 @@ def given_up(answer: Answer, place: Place, verb: str, key: str, after_s: float) 
         kept=KEPT,
         next=f"everstep doctor {place.url}",
         key=key,
+        away=True,
     )

@@ -13,6 +13,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import dropwhile, islice
 from typing import Any, TypeVar
 
@@ -94,7 +95,8 @@ class HdfsStore:
             return self._made
 
     def _ask(self, request: Callable[[Any], Result], share: float = 1.0) -> Result:
-        """One request, once, in a share of the time that one may take: it is given a client. Raises Failed."""
+        """One request, once, in a share of the time that one may take; it is given a client. Raises
+        Failed."""
         note_use(self.url)
         seconds = self._patience.request_s * share
         return _answered(lambda: within(seconds, lambda: request(self._client())))
@@ -317,16 +319,14 @@ class HdfsStore:
         """
         freed = 0
         for name, found in list(self._names(TEMPORARY, PAGE)):
-            path = f"{self._where.path}/{TEMPORARY}/{name}"
             if not found.isdir:
-                self._tried(
-                    "sweep",
-                    TEMPORARY,
-                    lambda client, path=path: client.delete(path, False),
-                    [MISSING],  # type: ignore[misc]
-                )
+                self._sweep(f"{self._where.path}/{TEMPORARY}/{name}")
                 freed += int(found.length)
         return freed
+
+    def _sweep(self, path: str) -> None:
+        with suppress(Failed):
+            self._tried("sweep", TEMPORARY, lambda client: client.delete(path, False), [MISSING])
 
     # -- whether it can be one ----------------------------------------------------------------------------
 
@@ -366,7 +366,7 @@ class _File:
         self.there = True
         writer = self._ask(lambda client: client.create(self.path, namenode.options(size_bytes, fewer)))
         for piece in _pieces(views):
-            self._ask(lambda _, piece=piece: writer.write(piece))  # type: ignore[misc]
+            self._ask(partial(_write, writer, piece))
         if size_bytes:
             try:
                 self._ask(lambda _: writer.hsync(), sync_share)
@@ -419,6 +419,10 @@ def _pieces(views: Sequence[memoryview]) -> Iterator[bytes]:
                 waiting, size_bytes = [], 0
     if waiting:
         yield b"".join(waiting)
+
+
+def _write(writer: Any, piece: bytes, _: Any) -> None:
+    writer.write(piece)
 
 
 def _read(reader: Any, start: int, buffer: memoryview) -> None:
