@@ -154,9 +154,11 @@ def _settings(web: int) -> Mapping[str, object]:
         "dfs.namenode.safemode.extension": 0,
         "dfs.datanode.hostname": "127.0.0.1",
         "dfs.webhdfs.enabled": "true",
-        # A dead node is believed to be dead after 12 s, and not after ten minutes.
+        # A silent node is not given to writers after 3 s, and taken for dead after 12; by default ten minutes.
         "dfs.heartbeat.interval": 1,
         "dfs.namenode.heartbeat.recheck-interval": 1000,
+        "dfs.namenode.stale.datanode.interval": 3000,
+        "dfs.namenode.avoid.write.stale.datanode": "true",
         # Little disk is asked for, and no time is spent on what a cluster of many needs.
         "dfs.datanode.du.reserved": 0,
         "dfs.namenode.resource.du.reserved": 1 << 20,

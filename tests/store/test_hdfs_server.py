@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import threading
@@ -44,6 +45,7 @@ class TestHdfs(StoreContract):
     def store(self, directory: Directory, monkeypatch: pytest.MonkeyPatch) -> Store:
         # Closing a file may take half a second; the race of processes below has more of them.
         monkeypatch.setattr(contract, "ROUNDS", 20)
+        monkeypatch.setattr(contract, "LISTED", 30)
         return HdfsStore(directory(), patience=HASTY)
 
 
@@ -79,6 +81,18 @@ def test_large_objects(store: HdfsStore) -> None:
     assert store.read_into(key, 0, [memoryview(buffer)[:7], memoryview(buffer)[7:]]) == len(data)
     assert buffer[: len(data)] == data
     assert unfinished(store) == []
+
+
+def test_the_memory_of_what_was_put_is_free_again(store: HdfsStore) -> None:
+    """Also where it was tried more than once."""
+    gc.disable()
+    try:
+        for number in range(3):
+            data = bytearray(100_000)
+            assert store.put(f"new/{number}/key", [data, memoryview(data)[5:]]) is True
+            data.append(1)
+    finally:
+        gc.enable()
 
 
 def test_the_default_of_the_configuration(hdfs: HDFS, store: HdfsStore) -> None:
@@ -297,9 +311,8 @@ def test_of_eight_processes_exactly_one_commits_each_time(directory: Directory) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keeper", ["process", "thread"])
-def test_a_killed_run_on_hdfs_goes_on(keeper: str, directory: Directory, tmp_path: Path) -> None:
-    kill_and_go_on(directory(), keeper, tmp_path)
+def test_a_killed_run_on_hdfs_goes_on(directory: Directory, tmp_path: Path) -> None:
+    kill_and_go_on(directory(), "process", tmp_path)
 
 
 # -- a DataNode dies ---------------------------------------------------------------------------------------
