@@ -1,5 +1,5 @@
-"""Packs to and from an HDFS of three DataNodes, beside bare hdfs-native with the same files: what the temporary
-name, the limits of time and reading into given memory cost. Both sync what they write.
+"""Packs to and from an HDFS of three DataNodes, beside bare hdfs-native with the same files: what the
+temporary name, the limits of time and reading into given memory cost. Both sync what they write.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ def measure(setting: Setting) -> dict[str, Any]:
     # In memory where it can be: it is the clients that are compared, not the disk of all four.
     where = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     try:
-        with tempfile.TemporaryDirectory(prefix="everstep-hdfs-", dir=where) as directory:
-            with hdfs.running(Path(directory)) as server:
-                os.environ.update(server.variables())
-                with _Directory(HdfsStore(f"{server.url}/packs"), count, pack_bytes) as packs:
-                    return rounds(setting, "hdfs", packs)
+        with (
+            tempfile.TemporaryDirectory(prefix="everstep-hdfs-", dir=where) as directory,
+            hdfs.running(Path(directory)) as server,
+        ):
+            os.environ.update(server.variables())
+            with _Directory(HdfsStore(f"{server.url}/packs"), count, pack_bytes) as packs:
+                return rounds(setting, "hdfs", packs)
     finally:
         os.environ.clear()
         os.environ.update(before)

@@ -55,9 +55,11 @@ def hdfs() -> Iterator[hadoop.HDFS]:
     would wait for the disk that all tests share."""
     need("HDFS", hadoop.missing())
     where = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="everstep-hdfs-", dir=where) as directory:
-        with hadoop.running(Path(directory)) as server:
-            yield server
+    with (
+        tempfile.TemporaryDirectory(prefix="everstep-hdfs-", dir=where) as directory,
+        hadoop.running(Path(directory)) as server,
+    ):
+        yield server
 
 
 @pytest.fixture(scope="session")

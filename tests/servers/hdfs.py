@@ -154,7 +154,7 @@ def _settings(web: int) -> Mapping[str, object]:
         "dfs.namenode.safemode.extension": 0,
         "dfs.datanode.hostname": "127.0.0.1",
         "dfs.webhdfs.enabled": "true",
-        # A silent node is not given to writers after 3 s, and taken for dead after 12; by default ten minutes.
+        # A silent node is not given to writers after 3 s, and dead after 12; by default after ten minutes.
         "dfs.heartbeat.interval": 1,
         "dfs.namenode.heartbeat.recheck-interval": 1000,
         "dfs.namenode.stale.datanode.interval": 3000,

@@ -240,6 +240,19 @@ def test_who_loses_a_race_whose_answer_was_lost_is_told(
     assert bytes(store.get("heads/main/1")) == b"theirs"
 
 
+def test_of_two_with_the_same_bytes_one_was_first(store: HdfsStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no answer was lost, nothing is taken for lost."""
+    client, other = store._client(), HdfsStore(store.url)
+
+    def rename(path: str, final: str, overwrite: bool) -> None:
+        assert other.put(f"packs/{DIGEST}", [b"the same"])
+        client.__class__.rename(client, path, final, overwrite)
+
+    monkeypatch.setattr(client, "rename", rename)
+    assert store.put(f"packs/{DIGEST}", [b"the same"]) is False
+    assert unfinished(store) == []
+
+
 def test_a_namenode_that_hangs_is_given_up(store: HdfsStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store.put("key", [b"x"])
     hasty = HdfsStore(store.url, patience=Patience(deadline_s=0.3, first_wait_s=0.1, request_s=0.2))

@@ -128,8 +128,9 @@ class HdfsStore:
             file = _File(self._ask, f"{self._where.path}/{TEMPORARY}/{secrets.token_hex(16)}")
             try:
                 file.write(views, size_bytes, meant, min(1.0, number * FIRST_SYNC_SHARE))
-                if self._publish(file, final, key, turns):
-                    return True
+                published = self._publish(file, final, key, turns)
+                if published or (published is False and not lost):
+                    return published
                 lost = True
             except Failed as failed:
                 turns.note(failed.answer, (PASSING, TAKEN, MISSING))
@@ -139,9 +140,9 @@ class HdfsStore:
                 file.discard()
         raise turns.given_up()
 
-    def _publish(self, file: _File, final: str, key: str, turns: Turns) -> bool:
-        """Give a whole file its name. True: it has it. False: nobody can say whether it got it, or somebody
-        else has taken the name or the file: look again. Raises Conflict."""
+    def _publish(self, file: _File, final: str, key: str, turns: Turns) -> bool | None:
+        """Give a whole file its name. True: it has it. False: somebody else has. None: it may have it, or
+        somebody has swept it. Raises Conflict."""
         parent = final.rpartition("/")[0]
         for _ in range(2):
             try:
@@ -152,9 +153,11 @@ class HdfsStore:
                 answer = failed.answer
             if answer.kind == OBSTRUCTED:
                 raise _obstructed(self.url, key)
-            if answer.kind != MISSING:
-                turns.note(answer, (PASSING, TAKEN))
+            if answer.kind == TAKEN:
                 return False
+            if answer.kind != MISSING:
+                turns.note(answer)
+                return None
             # There is no such directory yet; or no such file any more, and then a look tells whether it has
             # got its name: hdfs-native repeats a request whose answer was lost.
             try:
@@ -163,7 +166,7 @@ class HdfsStore:
                 )
             except Failed:
                 raise _obstructed(self.url, key) from None
-        return False
+        return None
 
     def _stored(self, key: str) -> int | None:
         """The size of an object; None where there is none. Raises Conflict for a directory."""
