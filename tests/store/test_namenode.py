@@ -94,7 +94,7 @@ class PanicException(BaseException):
         (RuntimeError('DataTransferError("All nodes failed for write")'), PASSING, "no DataNode took"),
         (RuntimeError('InvalidArgument("No NameNode hosts found")'), REFUSED, "no NameNode is"),
         (RuntimeError("NoSASLMechanism"), REFUSED, "who asks"),
-        (RuntimeError('GSSAPIError(GSS_S_NO_CRED, 0, "No Kerberos credentials")'), REFUSED, "no valid ticket"),
+        (RuntimeError('GSSAPIError(GSS_S_NO_CRED, 0, "No credentials")'), REFUSED, "no valid ticket"),
         (OSError("Connection refused (os error 111)"), PASSING, "the connection was refused"),
         (OSError("No data received for 2000ms"), PASSING, "no answer in time"),
         (TimeoutError("timed out"), PASSING, "no answer in time"),
