@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from bench import cuda, every_step, niceness, objects, overlap, report, restore, storage, waves
+from bench import cuda, every_step, hdfs, niceness, objects, overlap, report, restore, storage, waves
 from bench.measure import machine
 from bench.setting import Setting, tell
 from bench.states import SIZES
@@ -29,6 +29,7 @@ SCENARIOS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "waves": waves.measure,
     "niceness": niceness.measure,
     "objects": objects.measure,
+    "hdfs": hdfs.measure,
     "cuda": cuda.measure,
     "cuda_medium": cuda.measure_medium,
     "cuda_restore": cuda.measure_restore,

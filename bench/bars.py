@@ -124,6 +124,8 @@ BARS = (
     Bar("packs to Ceph, of bare obstore", ">=", 0.8, ("objects", "ours / obstore", "put")),
     Bar("packs from Ceph, of bare obstore", ">=", 0.8, ("objects", "ours / obstore", "get")),
     Bar("packs to Ceph, CPU-seconds per GiB", "<=", 1.2, ("objects", "cpu_s_per_GiB", f"{OURS} put")),
+    Bar("packs to HDFS, of bare hdfs-native", ">=", 0.8, ("hdfs", "ours / hdfs-native", "put")),
+    Bar("packs from HDFS, of bare hdfs-native", ">=", 0.8, ("hdfs", "ours / hdfs-native", "get")),
     Bar("peak memory beyond two slots, MB", "<=", 256, (*GPT2, "memory beyond two slots"), 1e-6),
     Bar("peak memory of a 6 GB state with max_arena_bytes=1GB, GB", "<=", 24, ("waves", "peak_bytes"), 1e-9),
 )

@@ -21,11 +21,12 @@ from tests.servers import ceph
 from bench.measure import ratios, summary
 from bench.setting import Setting, tell
 from everstep.store import cloud
+from everstep.store.base import Store
 from everstep.store.objects import ObjectStore
 from everstep.store.patience import Patience
 
 BUCKET = "bench"
-OURS, BARE = "everstep", "obstore"
+OURS = "everstep"
 READERS = 4
 """So many threads read, as a restore on this machine does."""
 
@@ -38,20 +39,25 @@ def measure(setting: Setting) -> dict[str, Any]:
     if missing:
         return {"not measured": f"Ceph is not installed (no {', '.join(missing)}): make servers"}
     count, pack_bytes = (8, 64 << 20) if setting.is_full else (2, 36 << 20)
-    with _gateway() as store, _Packs(store, count, pack_bytes) as packs:
-        found: dict[str, list[tuple[float, float]]] = {
-            f"{who} {what}": [] for who in packs.systems for what in packs.verbs
-        }
-        for repetition in range(setting.repetitions + 1):
-            tell(f"objects, repetition {repetition} of {setting.repetitions}, the first is not counted")
-            for who in packs.systems[:: 1 if repetition % 2 else -1]:
-                for what, timed in packs.turn(who).items():
-                    if repetition:
-                        found[f"{who} {what}"].append(timed)
-        return _figures(found, packs)
+    with _gateway() as store, _Bucket(store, count, pack_bytes) as packs:
+        return rounds(setting, "objects", packs)
 
 
-def _figures(found: dict[str, list[tuple[float, float]]], packs: _Packs) -> dict[str, Any]:
+def rounds(setting: Setting, name: str, packs: Packs) -> dict[str, Any]:
+    """The figures of both, turn by turn."""
+    found: dict[str, list[tuple[float, float]]] = {
+        f"{who} {what}": [] for who in packs.systems for what in packs.verbs
+    }
+    for repetition in range(setting.repetitions + 1):
+        tell(f"{name}, repetition {repetition} of {setting.repetitions}, the first is not counted")
+        for who in packs.systems[:: 1 if repetition % 2 else -1]:
+            for what, timed in packs.turn(who).items():
+                if repetition:
+                    found[f"{who} {what}"].append(timed)
+    return _figures(found, packs)
+
+
+def _figures(found: dict[str, list[tuple[float, float]]], packs: Packs) -> dict[str, Any]:
     gib = packs.size_bytes / _GIB
     rates = {name: [gib / seconds for seconds, _ in one] for name, one in found.items()}
     return {
@@ -59,8 +65,8 @@ def _figures(found: dict[str, list[tuple[float, float]]], packs: _Packs) -> dict
         "pack_bytes": packs.pack_bytes,
         "GiB_per_s": {name: summary(one) for name, one in rates.items()},
         "cpu_s_per_GiB": {name: summary([cpu / gib for _, cpu in one]) for name, one in found.items()},
-        "ours / obstore": {
-            what: ratios(rates[f"{OURS} {what}"], rates[f"{BARE} {what}"]) for what in packs.verbs
+        f"ours / {packs.bare}": {
+            what: ratios(rates[f"{OURS} {what}"], rates[f"{packs.bare} {what}"]) for what in packs.verbs
         },
     }
 
@@ -81,44 +87,57 @@ def _gateway() -> Iterator[ObjectStore]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-class _Packs:
-    """The same bytes for both, in memory as the keeper has them; each turn leaves nothing in the bucket."""
+class Packs:
+    """The same bytes for both, in memory as the keeper has them; each turn leaves nothing behind.
 
-    systems = (OURS, BARE)
+    Attributes:
+        bare: what is compared with; `put_bare`, `get_bare` and `delete` are its.
+    """
+
+    bare = ""
     verbs = ("put", "get")
 
-    def __init__(self, store: ObjectStore, count: int, pack_bytes: int) -> None:
+    def __init__(self, store: Store, count: int, pack_bytes: int) -> None:
         self.count = count
         self.pack_bytes = pack_bytes
         self.size_bytes = count * pack_bytes
+        self.systems = (OURS, self.bare)
+        self.source = mmap.mmap(-1, pack_bytes)
+        self.source.write(os.urandom(1 << 20) * (pack_bytes >> 20))
         self._store = store
-        self._bare = cloud.client(cloud.Address.parse(store.url), Patience(), 10)
-        self._source = mmap.mmap(-1, pack_bytes)
-        self._source.write(os.urandom(1 << 20) * (pack_bytes >> 20))
         self._targets = [mmap.mmap(-1, pack_bytes) for _ in range(READERS)]
         for target in self._targets:
             target.write(b"\x01" * pack_bytes)
 
-    def __enter__(self) -> _Packs:
+    def __enter__(self) -> Packs:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for one in (self._source, *self._targets):
+        for one in (self.source, *self._targets):
             one.close()
+
+    def put_bare(self, name: str) -> None:
+        raise NotImplementedError
+
+    def get_bare(self, name: str) -> int:
+        """Read all of it; returns how many bytes."""
+        raise NotImplementedError
+
+    def delete(self, names: list[str]) -> None:
+        for name in names:
+            self._store.delete(name)
 
     def turn(self, who: str) -> dict[str, tuple[float, float]]:
         """(seconds, CPU-seconds) of each verb over all packs."""
-        import obstore
-
         names = [secrets.token_hex(32) for _ in range(self.count)]
-        put, get = (self._put, self._get) if who == OURS else (self._put_bare, self._get_bare)
+        put, get = (self._put, self._get) if who == OURS else (self.put_bare, self._get_bare)
         try:
             return {
                 "put": _timed(lambda: list(map(put, names))),
                 "get": _timed(lambda: self._in_threads(get, names)),
             }
         finally:
-            obstore.delete(self._bare, names)
+            self.delete(names)
 
     def _in_threads(self, get: Callable[[str, memoryview], None], names: list[str]) -> None:
         """Each thread has memory of its own, touched before."""
@@ -128,23 +147,39 @@ class _Packs:
                 list(threads.map(get, several, map(memoryview, self._targets)))
 
     def _put(self, name: str) -> None:
-        with memoryview(self._source) as view:
+        with memoryview(self.source) as view:
             assert self._store.put(name, [view[at : at + _PIECE] for at in range(0, len(view), _PIECE)])
-
-    def _put_bare(self, name: str) -> None:
-        import obstore
-
-        obstore.put(self._bare, name, self._source)
 
     def _get(self, name: str, target: memoryview) -> None:
         with target:
             assert self._store.read_into(name, 0, [target]) == self.pack_bytes
 
     def _get_bare(self, name: str, target: memoryview) -> None:
+        target.release()
+        assert self.get_bare(name) == self.pack_bytes
+
+
+class _Bucket(Packs):
+    bare = "obstore"
+
+    def __init__(self, store: ObjectStore, count: int, pack_bytes: int) -> None:
+        super().__init__(store, count, pack_bytes)
+        self._bare = cloud.client(cloud.Address.parse(store.url), Patience(), 10)
+
+    def put_bare(self, name: str) -> None:
         import obstore
 
-        target.release()
-        assert len(obstore.get(self._bare, name).bytes()) == self.pack_bytes
+        obstore.put(self._bare, name, self.source)
+
+    def get_bare(self, name: str) -> int:
+        import obstore
+
+        return len(obstore.get(self._bare, name).bytes())
+
+    def delete(self, names: list[str]) -> None:
+        import obstore
+
+        obstore.delete(self._bare, names)
 
 
 def _timed(action: Callable[[], object]) -> tuple[float, float]:

@@ -244,6 +244,14 @@ def _niceness(found: dict[str, Any]) -> list[str]:
 
 
 def _objects(found: dict[str, Any]) -> list[str]:
+    return _packs(found, "a bucket", "Ceph on the same machine.")
+
+
+def _hdfs(found: dict[str, Any]) -> list[str]:
+    return _packs(found, "HDFS", "a NameNode and three DataNodes on the same machine, three copies.")
+
+
+def _packs(found: dict[str, Any], where: str, what: str) -> list[str]:
     if "not measured" in found:
         return []
     rows = [
@@ -251,8 +259,8 @@ def _objects(found: dict[str, Any]) -> list[str]:
         for name, rate in found["GiB_per_s"].items()
     ]
     return [
-        "## Packs to and from a bucket",
-        f"{found['packs']} packs of {number(found['pack_bytes'] / (1 << 20))} MiB, Ceph on the same machine.",
+        f"## Packs to and from {where}",
+        f"{found['packs']} packs of {number(found['pack_bytes'] / (1 << 20))} MiB, {what}",
         table(["", "GiB/s", "client's CPU-s per GiB"], rows),
     ]
 
@@ -285,6 +293,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "waves": _waves,
     "niceness": _niceness,
     "objects": _objects,
+    "hdfs": _hdfs,
     "cuda": _on_cuda,
     "cuda_medium": _on_cuda,
 }

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from servers.fixtures import bucket, ceph, liar, moto, refuser
+from servers.fixtures import azurite, bucket, ceph, container, directory, hdfs, liar, moto, refuser
 
-__all__ = ["bucket", "ceph", "liar", "moto", "refuser"]
+__all__ = ["azurite", "bucket", "ceph", "container", "directory", "hdfs", "liar", "moto", "refuser"]
 
 torch.set_num_threads(1)
 

@@ -17,7 +17,7 @@ from bench.kill import wait_until
 from bench.processes import Peak, Tree
 from bench.systems import DCP_BEST, OURS, SYSTEMS, TORCH_SAVE, missing
 
-from servers import ceph, small
+from servers import ceph, hdfs, small
 from servers.fixtures import need
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
@@ -51,6 +51,15 @@ def test_packs_to_and_from_a_bucket(tmp_path: Path) -> None:
         assert figure is not None, bar
         assert math.isfinite(figure), bar
     assert "## Packs to and from a bucket" in (tmp_path / "results/README.md").read_text()
+
+
+def test_packs_to_and_from_hdfs(tmp_path: Path) -> None:
+    need("HDFS", hdfs.missing())
+    found = measured("hdfs", tmp_path)
+    for bar, figure in reached("hdfs", found).items():
+        assert figure is not None, bar
+        assert math.isfinite(figure), bar
+    assert "## Packs to and from HDFS" in (tmp_path / "results/README.md").read_text()
 
 
 def test_each_niceness_is_measured(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def open(
 
     Args:
         repo: the directory of the chain, created where there is none, or its URL, such as
-            `s3://bucket/runs/gpt`; or a store.
+            `s3://bucket/runs/gpt` or `hdfs://host:8020/runs/gpt`; or a store.
         data: the loader whose position inside the epoch is kept: a `DataLoader`, anything with
             `state_dict`, or any iterable.
         config: plain values of your own, such as the parsed arguments. They are kept with each snapshot;

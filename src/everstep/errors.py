@@ -54,9 +54,19 @@ class Fenced(EverstepError):
 
 
 class Unavailable(EverstepError):
-    """The store does not answer or has no room: try again later, or make room."""
+    """The store does not answer or has no room: try again later, or make room.
+
+    Args:
+        away: it did not answer for as long as it was tried, and may be back by itself.
+    """
 
     exit_code = 13
+
+    def __init__(
+        self, problem: str, *, kept: str = "", next: str = "", key: str = "", away: bool = False
+    ) -> None:
+        super().__init__(problem, kept=kept, next=next, key=key)
+        self.away = away
 
 
 class Mismatch(EverstepError):

@@ -206,6 +206,30 @@ class Failed:
 
 
 @dataclass(frozen=True)
+class Away:
+    """The store does not answer. Training goes on, and its newest state waits in memory until it does."""
+
+    step: int
+    why: str
+
+    def __str__(self) -> str:
+        kept = "training goes on, and its newest state waits in memory for the store to be back"
+        return f"step {self.step} is not stored: {self.why}; {kept}"
+
+
+@dataclass(frozen=True)
+class Back:
+    """The store answers again: a snapshot is durable. So many before it are not."""
+
+    step: int
+    lost: int
+
+    def __str__(self) -> str:
+        snapshots = "one snapshot was" if self.lost == 1 else f"{self.lost} snapshots were"
+        return f"the store is back, and has step {self.step}; {snapshots} replaced by newer ones meanwhile"
+
+
+@dataclass(frozen=True)
 class Repeated:
     """Steps that had been trained before were trained again, with the same result bit for bit."""
 
@@ -272,6 +296,8 @@ Event: TypeAlias = (
     | Taken
     | Missed
     | Failed
+    | Away
+    | Back
     | Repeated
     | Parted
     | Skipping
@@ -300,7 +326,7 @@ def json_lines(event: Event) -> None:
 
 def quiet(event: Event) -> None:
     """Nothing but what a user must not miss: warnings and failures."""
-    if isinstance(event, Warned | Failed | Skipped | Parted | BroughtBack | Unsent) or (
+    if isinstance(event, Warned | Failed | Away | Back | Skipped | Parted | BroughtBack | Unsent) or (
         isinstance(event, Drifted) and not event.safe
     ):
         lines(event)

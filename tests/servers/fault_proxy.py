@@ -95,6 +95,10 @@ class FaultProxy:
         """Close so many connections, and what is asked over those that are there, before it is back."""
         self._away = connections
 
+    def come_back(self) -> None:
+        """Now, however many it was to turn away."""
+        self._away = 0
+
     @property
     def is_away(self) -> bool:
         return self._away > 0

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from . import azure as emulator
 from . import ceph as gateway
+from . import hdfs as hadoop
 from . import small
 from .fault_proxy import FaultProxy
 from .running import S3
@@ -48,10 +50,38 @@ def ceph() -> Iterator[S3]:
 
 
 @pytest.fixture(scope="session")
+def hdfs() -> Iterator[hadoop.HDFS]:
+    """A NameNode and three DataNodes. What they hold lies in memory where it can: each of their many syncs
+    would wait for the disk that all tests share."""
+    need("HDFS", hadoop.missing())
+    where = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with (
+        tempfile.TemporaryDirectory(prefix="everstep-hdfs-", dir=where) as directory,
+        hadoop.running(Path(directory)) as server,
+    ):
+        yield server
+
+
+@pytest.fixture(scope="session")
 def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     need("moto", small.missing(*small.MOTO))
     with small.moto(tmp_path_factory.mktemp("moto")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[emulator.Azure]:
+    need("Azurite", emulator.missing())
+    with emulator.running(tmp_path_factory.mktemp("azurite")) as server:
+        yield server
+
+
+@pytest.fixture
+def container(azurite: emulator.Azure, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh one of Azure's, with the environment set for it; its URL."""
+    for name, value in azurite.variables().items():
+        monkeypatch.setenv(name, value)
+    return f"az://{azurite.make_container(f'c{os.getpid()}-{next(_buckets)}')}"
 
 
 @pytest.fixture(scope="session")
@@ -82,3 +112,14 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Bucket:
         return f"s3://{server.make_bucket(f'b{os.getpid()}-{next(_buckets)}')}"
 
     return make
+
+
+Directory = Callable[[], str]
+
+
+@pytest.fixture
+def directory(hdfs: hadoop.HDFS, monkeypatch: pytest.MonkeyPatch) -> Directory:
+    """Names a fresh directory on HDFS, with the environment set for it; returns the URL."""
+    for name, value in hdfs.variables().items():
+        monkeypatch.setenv(name, value)
+    return lambda: f"{hdfs.url}/tests/{os.getpid()}-{next(_buckets)}"

@@ -116,3 +116,12 @@ def answers(endpoint: str) -> bool:
         return True
     except OSError:
         return False
+
+
+def listens(port: int) -> bool:
+    """Whether somebody takes connections on a port of the loopback."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 5).close()
+        return True
+    except OSError:
+        return False

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,8 +15,6 @@ from everstep.chain.lease import Lease
 from everstep.chain.verify import verify
 from everstep.chain.writer import Facts, Writer
 from everstep.errors import Mismatch, NotFound, Unavailable, Unsupported
-from everstep.format import keys, record
-from everstep.format.record import HeadRecord
 from everstep.store.base import Store
 from everstep.store.objects import SINGLE_BYTES, ObjectStore
 from everstep.store.patience import Patience
@@ -31,12 +23,11 @@ from everstep.testing.store import StoreContract, odd_parts, pattern
 from servers.fault_proxy import AWAY, CUT, DROPPED, FAILED, FaultProxy, Moods
 from servers.fixtures import Bucket
 from servers.running import S3
+from store.remote import kill_and_go_on, race
 
 pytestmark = [pytest.mark.process]
 
 DIGEST = "cd" * 32
-PROCESSES = 8
-ROUNDS = 150
 SNAPSHOTS = 40
 PARTS_BYTES = SINGLE_BYTES + 9_000_001
 HASTY = Patience(deadline_s=30, first_wait_s=0.005, longest_wait_s=0.1, request_s=20)
@@ -63,6 +54,30 @@ class TestCephWithoutAPrefix(StoreContract):
     @pytest.fixture
     def store(self, ceph: S3, bucket: Bucket) -> Store:
         return ObjectStore(bucket(ceph), patience=HASTY)
+
+
+class TestAzurite(StoreContract):
+    """Azure's emulator."""
+
+    @pytest.fixture
+    def store(self, container: str) -> Store:
+        return ObjectStore(f"{container}/runs/gpt", patience=HASTY)
+
+
+def test_azure_keeps_a_chain(container: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(container)
+    data = pattern(PARTS_BYTES)
+    key = f"packs/cd/{DIGEST}"
+    assert store.put(key, odd_parts(data)) is True
+    assert store.put(key, [b"other"]) is False
+    assert bytes(store.get(key, 12_345_678, 20_000_000)) == data[12_345_678:32_345_678]
+    chain = Chain.create(f"{container}/runs/gpt", GRID_BYTES)
+    written = _write(chain, 3)
+    assert [snapshot.id for snapshot in chain.snapshots()] == [id for id, _ in reversed(written)]
+    assert verify(chain).findings == []
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "d3Jvbmc=")
+    with pytest.raises(Unavailable, match=r"403.*check AZURE_STORAGE_ACCOUNT_NAME"):
+        Chain(f"{container}/runs/gpt")
 
 
 @pytest.mark.parametrize("server", ["moto", "ceph"])
@@ -166,40 +181,9 @@ def _write(chain: Chain, count: int) -> list[tuple[str, Content]]:
     return written
 
 
-def _race(url: str, number: int, start: Any, told: Any) -> None:
-    """Commit heads against the others; tell of those that were won."""
-    store = open_store(url)
-    won = []
-    for turn in range(1, ROUNDS + 1):
-        mine = HeadRecord(
-            snapshot=f"{turn:032x}{number:032x}", step=turn, writer=number + 1, nonce=f"{number:016x}",
-            at="2026-01-01T00:00:00.000000+00:00", branch="main", number=turn,
-        )  # fmt: skip
-        start.wait(300)
-        if store.put(mine.key, [record.seal(mine)]):
-            won.append(turn)
-    told.put((number, won))
-
-
 @pytest.mark.slow
 def test_of_eight_processes_exactly_one_commits_each_time(ceph: S3, bucket: Bucket) -> None:
-    url = bucket(ceph)
-    spawn = multiprocessing.get_context("spawn")
-    start, told = spawn.Barrier(PROCESSES), spawn.Queue()
-    racers = [spawn.Process(target=_race, args=(url, number, start, told)) for number in range(PROCESSES)]
-    for racer in racers:
-        racer.start()
-    won = dict(told.get(timeout=500) for _ in racers)
-    for racer in racers:
-        racer.join(60)
-        assert racer.exitcode == 0
-    assert sorted(turn for turns in won.values() for turn in turns) == list(range(1, ROUNDS + 1))
-    store = open_store(url)
-    assert len(list(store.list(keys.HEADS))) == ROUNDS
-    winner = {turn: number for number, turns in won.items() for turn in turns}
-    for turn in range(1, ROUNDS + 1):
-        key = keys.numbered(keys.head("main"), turn)
-        assert record.unseal(store.get(key), HeadRecord, key).writer == winner[turn] + 1
+    race(bucket(ceph))
 
 
 # -- a bad network -----------------------------------------------------------------------------------------
@@ -276,61 +260,8 @@ def test_finding_the_head_takes_three_requests(
 
 # -- runs --------------------------------------------------------------------------------------------------
 
-TRAINING = """
-import os, signal, sys
-import torch, everstep
-torch.manual_seed(0)
-model = torch.nn.Linear(64, 64)
-optimizer = torch.optim.AdamW(model.parameters())
-run = everstep.open(sys.argv[1], model=model, optimizer=optimizer, every=None, keep="all")
-while run.step < 20:
-    optimizer.zero_grad()
-    loss = model(torch.full((1, 64), float(run.step))).sum()
-    loss.backward()
-    optimizer.step()
-    run.tick(loss=loss.detach())
-    if run.step in (4, 8):
-        run.take()
-    if run.step == 10 and run.resumed is None:
-        if os.environ["EVERSTEP_KEEPER"] == "thread":
-            run.wait()
-        os.kill(os.getpid(), signal.SIGKILL)
-run.close()
-"""
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keeper", ["process", "thread"])
-def test_a_killed_run_in_a_bucket_goes_on(
-    keeper: str, ceph: S3, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its keeper makes durable what it was given, and its records are found by the next."""
-    url = f"{bucket(ceph)}/runs/gpt"
-    runtime = tmp_path / "runtime"
-    runtime.mkdir(mode=0o700)
-    environment = {
-        **os.environ,
-        "EVERSTEP_KEEPER": keeper,
-        "XDG_RUNTIME_DIR": str(runtime),
-        "XDG_STATE_HOME": str(tmp_path / "state"),
-    }
-
-    def train() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", TRAINING, url], env=environment, capture_output=True, text=True,
-            timeout=200, check=False,
-        )  # fmt: skip
-
-    first = train()
-    assert first.returncode == -9, first.stderr
-    second = train()
-    assert second.returncode == 0, second.stderr
-    if keeper == "process":
-        assert re.search(r"resumes from \w+ step 8 ", second.stderr), second.stderr
-        assert "steps 9-10 repeated bit for bit" in second.stderr
-        assert "out of the keeper's memory" in second.stderr
-    head = Chain(url).head()
-    assert head is not None
-    assert head.step == 20
-    assert verify(Chain(url)).findings == []
-    assert not list((tmp_path / "state").rglob("main-*")), "the journals were sealed"
+def test_a_killed_run_in_a_bucket_goes_on(keeper: str, ceph: S3, bucket: Bucket, tmp_path: Path) -> None:
+    kill_and_go_on(f"{bucket(ceph)}/runs/gpt", keeper, tmp_path)

@@ -105,7 +105,7 @@ def test_credentials_in_an_address_are_refused_and_not_repeated(bucket: Bucket) 
 
 
 def test_a_scheme_that_nobody_knows() -> None:
-    with pytest.raises(Unsupported, match=r"stores of the kind ftp://.*s3://, gs://, az:// are"):
+    with pytest.raises(Unsupported, match=r"stores of the kind ftp://.*s3://, gs://, az://, hdfs:// are"):
         open_store("ftp://host/a")
 
 

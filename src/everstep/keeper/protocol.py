@@ -29,7 +29,7 @@ from everstep import errors
 from everstep.chain.history import Snapshot
 from everstep.chain.steplog import EndedJournal
 from everstep.chain.writer import Facts
-from everstep.errors import Damaged, EverstepError, Unsupported
+from everstep.errors import Damaged, EverstepError, Unavailable, Unsupported
 from everstep.format.layout import Kin, Layout, Slice, lay_out
 from everstep.format.manifest import (
     MAX_DTYPE_CHARACTERS,
@@ -299,6 +299,7 @@ class Problem(msgspec.Struct, frozen=True):
     kept: Text = ""
     next: Text = ""
     key: Text = ""
+    away: bool = False
 
     KINDS: ClassVar[tuple[str, ...]] = (
         "NotFound", "Conflict", "Fenced", "Unavailable", "Mismatch", "Unsupported", "Damaged"
@@ -309,12 +310,17 @@ class Problem(msgspec.Struct, frozen=True):
         kind = type(error).__name__
         if not isinstance(error, EverstepError) or kind not in cls.KINDS:
             return cls("", f"the keeper failed ({kind}: {error})"[:MAX_TEXT])
-        said = (error.problem, error.kept, error.next, error.key)
-        return cls(kind, *(text[:MAX_TEXT] for text in said))
+        problem, kept, next, key = (
+            text[:MAX_TEXT] for text in (error.problem, error.kept, error.next, error.key)
+        )
+        away = isinstance(error, Unavailable) and error.away
+        return cls(kind, problem, kept, next, key, away)
 
     def error(self) -> EverstepError:
         kind = getattr(errors, self.kind) if self.kind in self.KINDS else EverstepError
         made: EverstepError = kind(self.problem, kept=self.kept, next=self.next, key=self.key)
+        if isinstance(made, Unavailable):
+            made.away = self.away
         return made
 
 

@@ -52,8 +52,7 @@ from everstep.state.data import Track, track
 from everstep.state.objects import modules, named, optimizers
 from everstep.state.restore import is_plain
 from everstep.state.workers import let_workers_end_with_the_process, need_no_worker
-from everstep.store.base import Store
-from everstep.store.local import LocalStore
+from everstep.store.base import Store, Sweeping
 from everstep.store.replicated import ReplicatedStore
 from everstep.store.urls import open_store
 
@@ -430,7 +429,8 @@ class Run:
 
         Raises:
             EverstepError: an earlier snapshot failed in the background. Snapshots before it are intact, and
-                the run may go on: the next trigger tries again.
+                the run may go on: the next trigger tries again. That a store over a network does not answer
+                is no reason to stop: the newest state waits in memory until it does.
             SystemExit: a signal came; the last snapshot is durable. The status is 143.
         """
         self._check_open()
@@ -614,7 +614,7 @@ class Run:
         """
         self._check_open()
         self._taking.wait()
-        self._taking.raise_background()
+        self._taking.raise_background(unstored=True)
         branch, step, received = self._settings.branch, self._steps, self._signals.received
         back = Return(self.chain, self.chain.find(ref, branch), ref)
         self._end(last=False, replica_wait_s=0.0)
@@ -681,7 +681,7 @@ class Run:
             EverstepError: one has failed; those before it are intact.
         """
         done = self._taking.wait(timeout)
-        self._taking.raise_background()
+        self._taking.raise_background(unstored=True)
         return done
 
     def close(self) -> None:
@@ -726,7 +726,7 @@ class Run:
             atexit.unregister(self._at_exit)
             self._quietly(self._lease.release)
             self._quietly(self._let_go_of_replicas)
-        self._taking.raise_background()
+        self._taking.raise_background(unstored=True)
 
     def _let_go_of_replicas(self) -> None:
         unsent = self._standings.unsent()
@@ -736,7 +736,7 @@ class Run:
         """What killed writers left half-written goes, unless another branch has a writer: it may be its."""
         store = self.chain.store
         others = (one for one in Leases(store).holding({}) if one.branch != self._settings.branch)
-        if isinstance(store, LocalStore) and all(one.dead for one in others):
+        if isinstance(store, Sweeping) and all(one.dead for one in others):
             store.sweep()
 
     def _quietly(self, action: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from everstep.chain.steplog import EndedJournal
 from everstep.chain.writer import Facts
 from everstep.errors import Damaged, Unavailable
-from everstep.events import Failed, Missed, Sink, Taken, Unsent, Warned, size
+from everstep.events import Away, Back, Failed, Missed, Sink, Taken, Unsent, Warned, size
 from everstep.format.record import Number
 from everstep.format.values import encode
 from everstep.keeper.arena import Arena
@@ -87,6 +87,8 @@ class Taking:
         self._overlap = True
         self._streamed = False
         self._missed = 0
+        self._unstored: list[tuple[Pending, Unavailable]] = []
+        """Snapshots that a store which is away did not take, until it has taken a newer one."""
         self._journals: deque[EndedJournal] = deque()
         self._memory: dict[Job, memoryview] = {}
         self._useless: deque[memoryview] = deque()
@@ -282,6 +284,9 @@ class Taking:
             if memory is not None:
                 self._useless.append(memory)
             self._journals.extend(job.journals)
+            if isinstance(outcome.error, Unavailable) and outcome.error.away:
+                self._kept_from_storing(job, outcome.error)
+                return
             self._emit(Failed(job.facts.step, str(outcome.error)))
             if outcome.again:
                 self.again = True
@@ -292,6 +297,9 @@ class Taking:
             return
         taken = outcome.snapshot.record
         self._standings.took(outcome.snapshot)
+        if self._unstored:
+            self._emit(Back(taken.step, len(self._unstored)))
+            self._unstored = []
         self._emit(
             Taken(
                 snapshot=outcome.snapshot.id,
@@ -305,12 +313,30 @@ class Taking:
             )
         )
 
-    def raise_background(self) -> None:
-        """Raise what failed in the background, unless somebody who waited was told."""
+    def _kept_from_storing(self, job: Job, error: Unavailable) -> None:
+        """The store was tried for long enough. The newest state is handed over in this one's place."""
+        if not self._unstored:
+            self._emit(Away(job.facts.step, error.problem))
+        self._unstored.append((job.pending, error))
+        if self.taken_step == job.facts.step:
+            self.taken_step = None
+            self.again = True
+
+    def raise_background(self, *, unstored: bool = False) -> None:
+        """Raise what failed in the background, unless somebody who waited was told.
+
+        Args:
+            unstored: also where the store is away, for which training need not stop.
+        """
         while self.errors:
             pending, error = self.errors.popleft()
             if not pending.told:
                 raise error
+        if unstored and self._unstored:
+            pending, away = self._unstored[-1]
+            self._unstored = []
+            if not pending.told:
+                raise away
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until all that was taken is durable or has failed."""

@@ -1,7 +1,8 @@
-"""What a failed request to an object store means, and how to say it.
+"""What a failed request to a store over a network means, and how to say it.
 
-obstore tells the status and the body of an answer only in the text of its exception. That text may hold parts
-of credentials (an access key, a signed string), so nothing of it is passed on but the status and the code.
+What obstore says is understood here, what a NameNode says in `namenode`. obstore tells the status and the
+body of an answer only in the text of its exception. That text may hold parts of credentials (an access key, a
+signed string), so nothing of it is passed on but the status and the code.
 """
 
 from __future__ import annotations
@@ -93,11 +94,13 @@ def _spoken(text: str) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """What the sentences name: the store, its bucket, and what to look at where it refuses."""
+    """What the sentences name: the store, its bucket, what to look at where it refuses, and what to do where
+    it is unable."""
 
     url: str
     bucket: str
     credentials: str
+    instead: str = "EVERSTEP_UNSAFE_SINGLE_WRITER=1, if nobody else ever writes there; or another store"
 
 
 KEPT = "what was committed before is intact"
@@ -119,7 +122,7 @@ def sentence(answer: Answer, place: Place, verb: str, key: str) -> EverstepError
         return Unsupported(
             f"{place.url} cannot {verb} as a chain needs it ({answer.reason})",
             kept=KEPT,
-            next="EVERSTEP_UNSAFE_SINGLE_WRITER=1, if nobody else ever writes there; or another store",
+            next=place.instead,
             key=key,
         )
     return Unavailable(
@@ -138,4 +141,5 @@ def given_up(answer: Answer, place: Place, verb: str, key: str, after_s: float) 
         kept=KEPT,
         next=f"everstep doctor {place.url}",
         key=key,
+        away=True,
     )

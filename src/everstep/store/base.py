@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -88,6 +89,19 @@ class Probing(Protocol):
 
 
 @runtime_checkable
+class Sweeping(Protocol):
+    """A store in which killed writers leave something behind that no listing shows."""
+
+    def sweep(self) -> int:
+        """Take away what they left half-written; returns how many bytes that were. A writer at work may have
+        to begin anew, or gets `Unavailable`, and has changed nothing.
+
+        Raises:
+            Unavailable: it cannot be read or changed.
+        """
+
+
+@runtime_checkable
 class Addressed(Protocol):
     """A store that outlives this process and that another opens by a text."""
 
@@ -108,6 +122,17 @@ class Distant(Protocol):
     @property
     def at_once(self) -> int:
         """How many requests."""
+
+
+def refuses_to_overwrite(store: Store) -> bool:
+    """Create an object twice and look whether the second is refused; take it away again."""
+    key = PROBES + secrets.token_hex(8)
+    mine = secrets.token_bytes(16)
+    store.put(key, [mine])
+    try:
+        return not store.put(key, [secrets.token_bytes(16)]) and bytes(store.get(key)) == mine
+    finally:
+        store.delete(key)
 
 
 def is_key(key: str) -> bool:

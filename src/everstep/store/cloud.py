@@ -1,4 +1,4 @@
-"""Where an object store is, and obstore's clients for it: its address, its settings, the life of its threads.
+"""Where an object store is, and obstore's clients for it: its address, its settings.
 
 obstore is imported when the first request is made: what never makes one starts fast.
 """
@@ -112,34 +112,3 @@ def _retrying(patience: Patience, retries: int) -> dict[str, Any]:
             "base": 2.0,
         },
     }
-
-
-# -- the threads of obstore do not live on in a forked child ------------------------------------------------
-
-_used = False
-_orphaned = False
-
-
-def note_use(url: str) -> None:
-    """Called before each request.
-
-    Raises:
-        Unsupported: this process was forked from one that had made requests: it has none of the threads that
-            answer them, and would wait for ever.
-    """
-    global _used
-    _used = True
-    if _orphaned:
-        raise Unsupported(
-            f"this process was forked from one that was using {url}, and cannot use it itself",
-            kept="nothing was touched",
-            next='multiprocessing.get_context("spawn"), for processes that open chains',
-        )
-
-
-def _after_fork() -> None:
-    global _orphaned
-    _orphaned = _used
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -8,28 +8,19 @@ nonce.
 from __future__ import annotations
 
 import re
-import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from everstep.errors import EverstepError, NotFound, Unsupported
 from everstep.store import cloud
-from everstep.store.answers import (
-    MISSING,
-    PASSING,
-    PAST_END,
-    TAKEN,
-    Answer,
-    Place,
-    given_up,
-    sentence,
-    understood,
-)
-from everstep.store.base import PROBES, Buffer, Entry, checked, is_key
+from everstep.store.answers import MISSING, PASSING, PAST_END, TAKEN, Answer, Place, sentence, understood
+from everstep.store.base import Buffer, Entry, checked, is_key, refuses_to_overwrite
+from everstep.store.forks import note_use
 from everstep.store.parallel import in_parallel
-from everstep.store.patience import Clock, Patience, tries
-from everstep.store.reads import copy
+from everstep.store.patience import Clock, Patience
+from everstep.store.reads import copy, scatter
+from everstep.store.trying import Failed, Trying
 
 SINGLE_BYTES = 32 * 1024 * 1024
 """Larger objects that are named by their digest go up in parts; all others always with one request."""
@@ -54,14 +45,6 @@ _LET_GO_S = 5.0
 _INSIST = "another store, or everstep.open(..., unsafe_single_writer=True) if there is never a second writer"
 
 Result = TypeVar("Result")
-
-
-class _Failed(Exception):
-    """A request was answered otherwise than hoped."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(answer)
-        self.answer = answer
 
 
 class ObjectStore:
@@ -105,6 +88,7 @@ class ObjectStore:
         self._patience = patience or Patience()
         self._clock = clock or Clock()
         self._place = Place(self.url, self._where.bucket, cloud.CREDENTIALS[self._where.scheme])
+        self._trying = Trying(self._place, self._patience, self._clock)
         self._clients: dict[int, Any] = {}
         self._lock = threading.Lock()
 
@@ -120,8 +104,8 @@ class ObjectStore:
             return self._clients[retries]
 
     def _ask(self, request: Callable[[Any, Any], Result]) -> Result:
-        """One request, once: it is given obstore and a client. Raises _Failed."""
-        cloud.note_use(self.url)
+        """One request, once: it is given obstore and a client. Raises Failed."""
+        note_use(self.url)
         import obstore
 
         try:
@@ -131,30 +115,19 @@ class ObjectStore:
             if answer is None:
                 raise
             # Not `from error`: its text may hold parts of credentials.
-            raise _Failed(answer) from None
+            raise Failed(answer) from None
 
     def _tried(
         self, verb: str, key: str, request: Callable[[Any, Any], Result], meant: Sequence[str] = ()
     ) -> Result:
-        """A request that does no harm when it is made twice. Raises _Failed for the answers in `meant`."""
-        begun = self._clock.now()
-        answer = Answer(PASSING, "no answer")
-        for _ in tries(self._patience, self._clock):
-            try:
-                return self._ask(request)
-            except _Failed as failed:
-                answer = failed.answer
-                if answer.kind in meant:
-                    raise
-                if answer.kind != PASSING:
-                    raise sentence(answer, self._place, verb, key) from None
-        raise given_up(answer, self._place, verb, key, self._clock.now() - begun)
+        """A request that does no harm when it is made twice. Raises Failed for the answers in `meant`."""
+        return self._trying.tried(verb, key, lambda: self._ask(request), meant)
 
     def _size_bytes(self, key: str) -> int | None:
         """None where there is no such object."""
         try:
             meta = self._tried("look at", key, lambda obs, client: obs.head(client, key), [MISSING])
-        except _Failed:
+        except Failed:
             return None
         return int(meta["size"])
 
@@ -174,10 +147,9 @@ class ObjectStore:
 
     def _create(self, key: str, views: list[memoryview], size_bytes: int) -> bool:
         """The request that only creates; exactly one of several at the same time succeeds."""
-        begun = self._clock.now()
-        answer = Answer(PASSING, "no answer")
+        turns = self._trying.turns("write", key)
         lost = False
-        for _ in tries(self._patience, self._clock):
+        for _ in turns:
             try:
                 self._ask(
                     lambda obs, client: obs.put(
@@ -185,39 +157,35 @@ class ObjectStore:
                     )
                 )
                 return True
-            except _Failed as failed:
+            except Failed as failed:
                 answer = failed.answer
             if answer.kind == TAKEN:
                 # Some stores say the same of a race that nobody has won yet: then it is tried again.
                 stored = self._size_bytes(key)
                 if stored is not None:
                     return lost and stored == size_bytes and self._holds(key, views)
-            elif answer.kind == PASSING:
-                # It may have been carried out all the same.
-                lost = True
-            else:
-                raise sentence(answer, self._place, "write", key)
-        raise given_up(answer, self._place, "write", key, self._clock.now() - begun)
+            # It may have been carried out all the same.
+            lost = lost or answer.kind == PASSING
+            turns.note(answer, (PASSING, TAKEN))
+        raise turns.given_up()
 
     def _put_new(self, key: str, views: list[memoryview], size_bytes: int, large: bool) -> bool:
         """Put an object where there is none as far as anybody can see. Who else puts it meanwhile puts the
         same bytes, which its name says; or there is nobody else, which the user says."""
-        begun = self._clock.now()
-        answer = Answer(PASSING, "no answer")
+        turns = self._trying.turns("write", key)
         lost = False
-        for _ in tries(self._patience, self._clock):
+        for _ in turns:
             stored = self._size_bytes(key)
             if stored is not None:
                 return lost and stored == size_bytes and self._holds(key, views)
             try:
                 self._ask(lambda obs, _: self._upload(obs, key, views, large))
                 return True
-            except _Failed as failed:
+            except Failed as failed:
                 answer = failed.answer
-            if answer.kind not in (PASSING, MISSING):
-                raise sentence(answer, self._place, "write", key)
+            turns.note(answer, (PASSING, MISSING))
             lost = True
-        raise given_up(answer, self._place, "write", key, self._clock.now() - begun)
+        raise turns.given_up()
 
     def _upload(self, obstore: Any, key: str, views: list[memoryview], large: bool) -> None:
         # A part that is sent again replaces itself, so obstore may repeat those by itself.
@@ -281,7 +249,7 @@ class ObjectStore:
             return 0
         first, total = self._range(key, start, min(size_bytes, RANGE_BYTES))
         count = max(0, min(size_bytes, total - start))
-        rest = _scatter(memoryview(first), wanted)
+        rest = scatter(memoryview(first), wanted)
         at, left = start + len(first), count - len(first)
         spans = []
         for buffer in rest:
@@ -306,7 +274,7 @@ class ObjectStore:
 
         try:
             data, total = self._tried("read", key, request, [PAST_END])
-        except _Failed:
+        except Failed:
             return b"", start
         return memoryview(data), total
 
@@ -367,7 +335,7 @@ class ObjectStore:
         checked(key)
         try:
             self._tried("delete", key, lambda obs, client: obs.delete(client, key), [MISSING])
-        except _Failed:
+        except Failed:
             return
 
     # -- whether it can be one ----------------------------------------------------------------------------
@@ -380,14 +348,8 @@ class ObjectStore:
         """
         if self.unsafe_single_writer:
             return
-        key = PROBES + secrets.token_hex(8)
-        mine = secrets.token_bytes(16)
         try:
-            self.put(key, [mine])
-            try:
-                kept = not self.put(key, [secrets.token_bytes(16)]) and bytes(self.get(key)) == mine
-            finally:
-                self.delete(key)
+            kept = refuses_to_overwrite(self)
         except EverstepError as error:
             raise self._cannot_create(error) from None
         if not kept:
@@ -431,14 +393,3 @@ def _before(prefix: str) -> str:
 def _cut(start: int, buffer: memoryview) -> list[tuple[int, memoryview]]:
     """Ranges of a size that is asked for at once, and their memory."""
     return [(start + at, buffer[at : at + RANGE_BYTES]) for at in range(0, len(buffer), RANGE_BYTES)]
-
-
-def _scatter(data: memoryview, buffers: list[memoryview]) -> list[memoryview]:
-    """Copy to the beginning of the buffers; returns what is left of them."""
-    for number, buffer in enumerate(buffers):
-        part = data[: len(buffer)]
-        copy(buffer[: len(part)], part)
-        data = data[len(part) :]
-        if len(part) < len(buffer):
-            return [buffer[len(part) :], *buffers[number + 1 :]]
-    return []

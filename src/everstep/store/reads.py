@@ -148,7 +148,7 @@ def _bounced(descriptor: int, at: int, bounce: memoryview, buffers: list[memoryv
     asked = min(len(bounce), -(-(lead + wanted) // _BLOCK) * _BLOCK)
     count = os.preadv(descriptor, [bounce[:asked]], at - lead)
     fresh = bounce[lead : max(lead, min(count, lead + wanted))]
-    _scatter(fresh, buffers)
+    scatter(fresh, buffers)
     return len(fresh)
 
 
@@ -166,15 +166,15 @@ def _bounce() -> Iterator[memoryview]:
             _BOUNCES.append(bounce)
 
 
-def _scatter(data: memoryview, buffers: list[memoryview]) -> None:
-    """Copy `data` to the beginning of the buffers."""
-    at = 0
-    for buffer in buffers:
-        part = data[at : at + len(buffer)]
+def scatter(data: memoryview, buffers: Sequence[memoryview]) -> list[memoryview]:
+    """Copy to the beginning of the buffers; returns what is left of them."""
+    for number, buffer in enumerate(buffers):
+        part = data[: len(buffer)]
         copy(buffer[: len(part)], part)
-        at += len(part)
-        if at == len(data):
-            break
+        data = data[len(part) :]
+        if len(part) < len(buffer):
+            return [buffer[len(part) :], *buffers[number + 1 :]]
+    return []
 
 
 def copy(target: memoryview, source: memoryview) -> None:

@@ -25,6 +25,7 @@ from everstep.store.base import Buffer, Store
 
 THREADS = 8
 ROUNDS = 60
+LISTED = 100
 LARGE_BYTES = 20 * 1024 * 1024
 
 RANGES = [
@@ -83,8 +84,9 @@ def listed(store: Store, prefix: str = "", limit: int | None = None) -> list[str
 
 
 def put_all(store: Store, names: Iterable[str]) -> None:
-    for name in names:
-        assert store.put(name, [name.encode()]) is True
+    """Several at once: some stores take their time for each."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        assert all(threads.map(lambda name: store.put(name, [name.encode()]) is True, names))
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
@@ -314,7 +316,7 @@ class StoreContract:
 
     def test_a_listing_bears_changes(self, store: Store) -> None:
         """Pruning deletes while it lists, and others put: all that stays is listed once."""
-        put_all(store, [f"a/{number:03}" for number in range(100)])
+        put_all(store, [f"a/{number:03}" for number in range(LISTED)])
         seen = []
         for number, entry in enumerate(store.list("a/")):
             seen.append(entry.key)
@@ -322,7 +324,7 @@ class StoreContract:
             store.put(f"a/{number:03}-", [b"new"])
             store.put(f"b/{number:03}", [b"new"])
         kept = [key for key in seen if not key.endswith("-")]
-        assert kept == [f"a/{number:03}" for number in range(100)]
+        assert kept == [f"a/{number:03}" for number in range(LISTED)]
         assert len(seen) == len(set(seen))
 
     # -- delete -------------------------------------------------------------------------------------------
