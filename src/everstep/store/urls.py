@@ -23,6 +23,12 @@ def open_store(url: str | os.PathLike[str] | Store, *, unsafe_single_writer: boo
     if not isinstance(url, str | os.PathLike):
         return url
     path = os.fspath(url)
+    if path.startswith("parity:"):
+        from everstep.store import parity
+
+        shape, places = parity.parse(path)
+        members = [open_store(place, unsafe_single_writer=unsafe_single_writer) for place in places]
+        return parity.AddressedParityStore(shape, members, url=path)
     scheme, separator, rest = path.partition("://")
     if not separator:
         return LocalStore(path)
