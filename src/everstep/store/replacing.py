@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from blake3 import blake3
 
-from everstep.store.base import Buffer, Store, is_key
+from everstep.store.base import Buffer, Redundant, Store, is_key
 
 SPARES = "repair/"
 """Below it lie good bytes while the damaged ones are being replaced: `repair/<their digest>/<the key>`."""
@@ -34,14 +34,17 @@ def replace(store: Store, key: str, parts: Sequence[Buffer]) -> None:
     it again comes to the same end. For an instant there is no such object: where others might then create one
     of their own, see to that before.
     """
-    if not store.put(key, parts):
-        spare = spare_of(key, parts)
-        if not store.put(spare, parts) and not holds(store, spare, parts):
-            store.delete(spare)
-            store.put(spare, parts)
-        store.delete(key)
-        store.put(key, parts)
+    # In a store of several members some may still hold a part of another.
+    stands = isinstance(store, Redundant) or any(one.key == key for one in store.list(key, limit=1))
+    if not stands and store.put(key, parts):
+        return
+    spare = spare_of(key, parts)
+    if not store.put(spare, parts) and not holds(store, spare, parts):
         store.delete(spare)
+        store.put(spare, parts)
+    store.delete(key)
+    store.put(key, parts)
+    store.delete(spare)
 
 
 def holds(store: Store, key: str, parts: Sequence[Buffer]) -> bool:
