@@ -250,7 +250,7 @@ def test_a_pack_is_rebuilt_of_chunks_that_other_packs_hold(encoding: Encoding, f
         else:
             change(here, key, flipped(data, 10))
         assert not consider(here).steps
-        plan, done = repaired(here, other)
+        _, done = repaired(here, other)
         assert not done.left
         assert [step.how for step in done.repaired] == ["of its chunks"]
         assert objects(here) == before

@@ -1,7 +1,7 @@
 """What this machine's user remembers of a chain between two checks of it: how far the last one came.
 
-It is an aid and no part of the chain: a small file among the user's own state. Where it is lost, a check begins
-at the beginning.
+It is an aid and no part of the chain: a small file among the user's own state. Where it is lost, a check
+begins at the beginning.
 """
 
 from __future__ import annotations

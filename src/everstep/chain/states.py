@@ -73,8 +73,8 @@ def _bytes_at(
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """A snapshot that was restored into memory, and came out as it was taken. `remarks` is damage that was seen
-    and did not matter."""
+    """A snapshot that was restored into memory, and came out as it was taken. `remarks` is damage that was
+    seen and did not matter."""
 
     leaves: int
     size_bytes: int

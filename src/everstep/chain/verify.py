@@ -55,8 +55,8 @@ class Report:
 
 @dataclass(frozen=True)
 class Subset:
-    """One of `of` parts of the data, the `number`-th, from 1 on: which chunks belong to it goes by their names,
-    so all parts together are all chunks, whatever is added between two looks."""
+    """One of `of` parts of the data, the `number`-th, from 1 on: which chunks belong to it goes by their
+    names, so all parts together are all chunks, whatever is added between two looks."""
 
     number: int
     of: int
@@ -78,8 +78,8 @@ def verify(
 
     Args:
         on_progress: called with (bytes done, bytes in all) after each object.
-        wants: given the name of a pack and the digest of a chunk in it, says whether its bytes are to be read;
-            all are, unless given. Records, manifests and the footers of packs always are.
+        wants: given the name of a pack and the digest of a chunk in it, says whether its bytes are to be
+            read; all are, unless given. Records, manifests and the footers of packs always are.
 
     Raises:
         Unavailable: the store does not answer.
