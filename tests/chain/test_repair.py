@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from damaging import HOW, damage, damage_some, files_of
 from making import Content, compressible, content, restored, started, whole, written
 
 from everstep.chain import lease, prune, repair
@@ -31,6 +30,7 @@ from everstep.store.memory import MemoryStore
 from everstep.store.parity import ParityStore
 from everstep.store.replacing import SPARES, replace
 from everstep.store.shards import Shape
+from everstep.testing.damage import HOW, damage, damage_some, files_of
 from everstep.testing.faults import Died, FaultyStore
 
 SEEDS = 30

@@ -213,6 +213,6 @@ def test_what_is_remembered_and_cannot_be_read_is_the_beginning(tmp_path: Path) 
     memory.save(Checks({"20": 3}, "ab", 7))
     assert memory.load() == Checks({"20": 3}, "ab", 7)
     (path,) = (tmp_path / "state").rglob("checks-*.json")
-    for content in (b"", b"{", b"[]", b'{"passes": "x"}', b"\xff" * 100_000):
-        path.write_bytes(content)
+    for junk in (b"", b"{", b"[]", b'{"passes": "x"}', b"\xff" * 100_000):
+        path.write_bytes(junk)
         assert memory.load() == Checks()

@@ -584,6 +584,28 @@ def test_a_listing_that_cannot_know_says_so() -> None:
         over(members, away=(0, 4), clock=no_waiting()).get(KEY)
 
 
+def test_a_member_that_is_slow_to_say_that_it_is_away_is_left_alone_for_a_while() -> None:
+    members = memories(3)
+    now, asked = [0.0], [0]
+
+    def slow() -> bool:
+        asked[0] += 1
+        now[0] += 30
+        return True
+
+    clock = Clock(now=lambda: now[0], sleep=lambda seconds: None)
+    store = ParityStore(Shape(2, 1), [members[0], Flaky(members[1], slow), members[2]], clock=clock)
+    store.put("heads/main/a", [b"x"])
+    assert asked == [1]
+    for _ in range(5):
+        assert bytes(store.get("heads/main/a")) == b"x"
+        assert listed(store) == ["heads/main/a"]
+    assert asked == [1]
+    now[0] += 301
+    store.get("heads/main/a")
+    assert asked == [2]
+
+
 def test_two_processes_with_a_set(tmp_path: Path) -> None:
     """One puts, and another one, in another directory, reads it by the address, with two members deleted."""
     places = [tmp_path / str(number) for number in range(6)]

@@ -23,7 +23,8 @@ from everstep.store.base import Addressed, Buffer, Entry, Probing, Store, checke
 from everstep.store.local import LocalStore
 from everstep.store.mending import Mending
 from everstep.store.parallel import in_parallel
-from everstep.store.patience import Clock, tries
+from everstep.store.patience import Clock, Patience, tries
+from everstep.store.resting import Resting
 from everstep.store.sharded import PREFIX, Sharded, can_have_shards
 from everstep.store.shards import (
     COPY_BYTES,
@@ -39,6 +40,9 @@ from everstep.store.shards import (
 )
 
 SCHEME = "parity:"
+PATIENCE = Patience(deadline_s=30.0)
+"""How long a member over a network is tried: the others are there, too."""
+
 _ADDRESS = re.compile(r"parity:([0-9]{1,2})\+([0-9]{1,2}):(.+)", re.DOTALL)
 
 _MORE = 8
@@ -162,9 +166,10 @@ class ParityStore:
         self.shape = shape
         self.members = tuple(members)
         self._clock = clock or Clock()
-        self._agreed = Agreed(self.url, shape, self.members, self._each, self._clock)
-        self._sharded = Sharded(self.url, shape, self.members, self._each, self._clock)
-        self._mending = Mending(shape, self.members, self._agreed, self._sharded, self._beside)
+        self._asked = tuple(Resting(member, self._clock) for member in members)
+        self._agreed = Agreed(self.url, shape, self._asked, self._each, self._clock)
+        self._sharded = Sharded(self.url, shape, self._asked, self._each, self._clock)
+        self._mending = Mending(shape, self._asked, self._agreed, self._sharded, self._beside)
         self._distant = any(isinstance(member, Addressed) for member in members)
 
     def __repr__(self) -> str:
@@ -201,7 +206,7 @@ class ParityStore:
 
         def put(number: int) -> None:
             try:
-                created[number] = self.members[number].put(PREFIX + key, shards[number])
+                created[number] = self._asked[number].put(PREFIX + key, shards[number])
             except AWAY as error:
                 away[number] = error
 
@@ -218,9 +223,9 @@ class ParityStore:
         def delete(number: int) -> None:
             try:
                 if is_named_by_digest(key) and can_have_shards(key):
-                    self.members[number].delete(PREFIX + key)
+                    self._asked[number].delete(PREFIX + key)
                 if not key.startswith(PREFIX):
-                    self.members[number].delete(key)
+                    self._asked[number].delete(key)
             except AWAY as error:
                 away[number] = error
 
@@ -291,7 +296,7 @@ class ParityStore:
         were asked."""
         listings = [
             _Listing(member, number, inner, prefix, most_each)
-            for number, member in enumerate(self.members)
+            for number, member in enumerate(self._asked)
             for inner in ("", PREFIX)
         ]
         # The first page of each, of all at once.

@@ -7,6 +7,7 @@ import os
 from everstep.errors import Unsupported
 from everstep.store.base import Store
 from everstep.store.local import LocalStore
+from everstep.store.patience import Patience
 
 
 def open_store(url: str | os.PathLike[str] | Store, *, unsafe_single_writer: bool = False) -> Store:
@@ -27,8 +28,12 @@ def open_store(url: str | os.PathLike[str] | Store, *, unsafe_single_writer: boo
         from everstep.store import parity
 
         shape, places = parity.parse(path)
-        members = [open_store(place, unsafe_single_writer=unsafe_single_writer) for place in places]
+        members = [_open(place, unsafe_single_writer, parity.PATIENCE) for place in places]
         return parity.AddressedParityStore(shape, members, url=path)
+    return _open(path, unsafe_single_writer)
+
+
+def _open(path: str, unsafe_single_writer: bool, patience: Patience | None = None) -> Store:
     scheme, separator, rest = path.partition("://")
     if not separator:
         return LocalStore(path)
@@ -39,11 +44,11 @@ def open_store(url: str | os.PathLike[str] | Store, *, unsafe_single_writer: boo
 
     if scheme in cloud.SCHEMES:
         insisted = unsafe_single_writer or os.environ.get(cloud.UNSAFE_SINGLE_WRITER, "0") not in ("", "0")
-        return objects.ObjectStore(path, unsafe_single_writer=insisted)
+        return objects.ObjectStore(path, unsafe_single_writer=insisted, patience=patience)
     known = ", ".join(f"{name}://" for name in cloud.SCHEMES)
     raise Unsupported(
         f"stores of the kind {scheme}:// are not in this version of Everstep; "
-        f"local directories and {known} are",
+        f"local directories and {known} are, and parity:K+M:... over several of them",
         kept="nothing was touched",
         next="a directory, such as runs/NAME, or s3://BUCKET/runs/NAME",
     )

@@ -1,4 +1,4 @@
-"""Damage of every kind to the files of a chain, for tests and measurements of its repair."""
+"""Damage of every kind to the files of a chain: for who tests that it is found and repaired."""
 
 from __future__ import annotations
 
