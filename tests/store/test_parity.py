@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from everstep.chain.history import Chain
 from everstep.errors import Damaged, EverstepError, Mismatch, NotFound, Unavailable
 from everstep.store import sharded
 from everstep.store.base import Addressed, Buffer, Entry, Redundant, Store
@@ -341,6 +342,14 @@ def test_what_members_that_were_away_have_not_heard_of_stays_undone() -> None:
             store.get(key)
 
 
+def test_a_member_in_which_something_stands_in_the_way_is_one_less(tmp_path: Path) -> None:
+    (tmp_path / "1").write_text("a file, where the directory of a member is to be")
+    store = open_store("parity:2+1:" + ",".join(str(tmp_path / str(number)) for number in range(3)))
+    filled(store)
+    assert isinstance(store, ParityStore)
+    assert_whole(store)
+
+
 def test_it_costs_k_plus_m_of_k() -> None:
     members = memories()
     size = 32 * 1024 * 1024
@@ -570,6 +579,19 @@ def test_a_split_that_none_can_win_is_told_and_nothing_is_shown() -> None:
         store.put(KEY, [b"3"])
     with pytest.raises(NotFound):
         store.get(KEY)
+    # Who comes next sees that the number is taken, and takes the one after it.
+    assert listed(store) == [KEY]
+    assert store.put("heads/main/fffffffffffffffd", [b"4"])
+
+
+def test_a_creation_that_was_killed_is_gone_on_with() -> None:
+    members = memories()
+    killed = [FaultyStore(members[0], 0, Died, done=True, verbs=frozenset({"put"})), *members[1:]]
+    with pytest.raises(Died):
+        Chain.create(ParityStore(Shape(4, 2), killed))
+    chain = Chain.create(over(members, clock=no_waiting()))
+    assert [entry.key for entry in members[0].list()] == ["everstep.json"]
+    assert Chain(over(members)).about == chain.about
 
 
 def test_a_listing_that_cannot_know_says_so() -> None:

@@ -15,6 +15,7 @@ from everstep.chain.history import Chain
 from everstep.chain.repair import consider, execute
 from everstep.chain.verify import verify
 from everstep.keeper.client import living
+from everstep.run import session
 from everstep.store.base import Addressed
 from everstep.store.objects import ObjectStore
 from everstep.store.parity import ParityStore
@@ -112,3 +113,20 @@ def test_a_run_with_a_keeper_process(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert torch.equal(other.weight, weight)
     execute(consider(open_store(url)))
     assert verify(Chain(open_store(url))).findings == []
+
+
+def test_a_run_says_which_members_are_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told: list[str] = []
+    model = torch.nn.Linear(2, 2)
+    Path("b").symlink_to("b")  # Whatever is asked of it, the system says that it goes in circles.
+    (tmp_path / "a/tmp").mkdir(parents=True)
+    (tmp_path / "a/tmp/left-by-a-killed-writer").write_text("x")
+    monkeypatch.setattr(session, "default_sink", lambda: lambda event: told.append(str(event)))
+    with everstep.open("parity:2+1:a,b,c", model=model, every="never") as run:
+        run.tick()
+        run.take().durable()
+    (warning,) = [one for one in told if "is away" in one]
+    assert warning.startswith("warning: b is away")
+    assert warning.endswith("Next: everstep -r parity:2+1:a,b,c repair, when it is back")
+    assert not list((tmp_path / "a/tmp").iterdir())

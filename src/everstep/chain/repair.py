@@ -161,7 +161,15 @@ class _Considering:
         except (NotFound, Damaged) as error:
             self._refuse_strangers()
             if not self._fix(Finding(keys.CHAIN, error.problem, (), "")):
-                raise
+                kind = NotFound if isinstance(error, NotFound) else Damaged
+                where = ", ".join(one.url for one in self.others)
+                none = f", and {where} cannot tell which chain it was" if where else ""
+                raise kind(
+                    error.problem + none,
+                    kept="nothing was touched",
+                    next=f"everstep -r {self.store.url} repair --from {COPY}",
+                    key=keys.CHAIN,
+                ) from error
         about, heads = Chain(self.fixed).about.chain, self._heads()
         for one in self.others:
             # Its own record of which chain it is may be what is damaged there.
@@ -353,7 +361,7 @@ def execute(plan: Plan, on_progress: Callable[[int, int], None] | None = None) -
         try:
             _put(store, step, plan.contents[step.key]())
             repaired.append(step)
-        except (Conflict, Damaged, Fenced, NotFound) as error:
+        except (Conflict, Damaged, Fenced, NotFound, Unsupported) as error:
             left.append(_failed(store, step, error))
         if on_progress is not None:
             on_progress(done, total)

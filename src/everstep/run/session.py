@@ -50,7 +50,9 @@ from everstep.state.data import Track, track
 from everstep.state.objects import modules, named, optimizers
 from everstep.state.restore import is_plain
 from everstep.state.workers import let_workers_end_with_the_process, need_no_worker
+from everstep.store.base import Redundant
 from everstep.store.local import LocalStore
+from everstep.store.parity import ParityStore
 from everstep.store.urls import open_store
 
 Clock = Callable[[], float]
@@ -121,6 +123,10 @@ class Run:
         self.chain, start = self._open_chain(chains)
         self._connect(start)
         self._emit(Opened(self.chain.url, self._captured(), settings.every_text, settings.keep))
+        if isinstance(self.chain.store, Redundant):
+            for sentence in self.chain.store.away():
+                mend = f"everstep -r {self.chain.url} repair, when it is back"
+                self._emit(Warned(f"{sentence}: what is stored now lacks its part there. Next: {mend}"))
 
     # -- opening ------------------------------------------------------------------------------------------
 
@@ -680,7 +686,7 @@ class Run:
         """What killed writers left half-written goes, unless another branch has a writer: it may be its."""
         store = self.chain.store
         others = (one for one in Leases(store).holding({}) if one.branch != self._settings.branch)
-        if isinstance(store, LocalStore) and all(one.dead for one in others):
+        if isinstance(store, LocalStore | ParityStore) and all(one.dead for one in others):
             store.sweep()
 
     def _quietly(self, action: Callable[[], None]) -> None:

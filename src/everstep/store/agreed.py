@@ -9,7 +9,7 @@ Putters go through the members in their order, and stop at the first that holds 
 the same members, the first of these decides, and who comes second leaves nothing anywhere. Who has stopped
 waits for the other to come to k; takes its own copies back only when another is decided; and completes what
 a killed putter has left. Where putters have seen different members, it can happen that none can come to k any
-more. Then nothing is decided, which is said, and whoever repairs settles it when all have left.
+more. Then nothing is decided, which is said; the number is passed over for good.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from everstep.errors import Damaged, EverstepError, Mismatch, NotFound, Unavailable, Unsupported
+from everstep.errors import Conflict, Damaged, EverstepError, Mismatch, NotFound, Unavailable, Unsupported
 from everstep.store.base import Store
 from everstep.store.patience import Clock, Patience, tries
 from everstep.store.shards import Shape, out_of_copy
@@ -168,7 +168,8 @@ class Agreed:
         for member in self._members:
             try:
                 created = member.put(key, [mine]) or bytes(member.get(key)) == mine
-            except AWAY as error:
+            except (Conflict, *AWAY) as error:
+                # (A Conflict: something else stands in its way with this member.)
                 away.append(error)
                 if len(away) > self._shape.m:
                     break
@@ -230,13 +231,16 @@ class Agreed:
             f"several have begun to write {key} in {self._url} while members came and went, and none of them "
             f"can come to the {self._shape.k} that it takes",
             kept="what was committed before is intact",
-            next=f"everstep -r {self._url} repair, an hour after they have ended",
+            next="the same again: the next one takes the number after it",
             key=key,
         )
 
 
-def unreachable(url: str, key: str, away: Sequence[EverstepError], k: int, members: int) -> Unavailable:
-    """The error for a set of which too many members are away to know, or to write."""
+def unreachable(url: str, key: str, away: Sequence[EverstepError], k: int, members: int) -> EverstepError:
+    """The error for a set of which too many members are away to know, or to write: their own, where each says
+    that something else stands in the way."""
+    if away and all(isinstance(error, Conflict) for error in away):
+        return away[0]
     why = away[0].problem if away else "they do not answer"
     return Unavailable(
         f"{len(away)} of the {members} members of {url} are away ({why}), and it takes {k} for {key or 'it'}",

@@ -9,6 +9,7 @@ members that were away have not heard of (a delete, for one) stays undone for go
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import re
@@ -17,9 +18,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from everstep.errors import Damaged, EverstepError, Mismatch, NotFound
+from everstep.errors import Conflict, Damaged, EverstepError, Mismatch, NotFound, Unavailable
 from everstep.store.agreed import AWAY, ON_ITS_WAY, Agreed, unreachable
-from everstep.store.base import Addressed, Buffer, Entry, Probing, Store, checked, is_key, is_named_by_digest
+from everstep.store.base import (
+    PROBES,
+    Addressed,
+    Buffer,
+    Entry,
+    Probing,
+    Store,
+    checked,
+    is_key,
+    is_named_by_digest,
+)
 from everstep.store.local import LocalStore
 from everstep.store.mending import Mending
 from everstep.store.parallel import in_parallel
@@ -207,7 +218,7 @@ class ParityStore:
         def put(number: int) -> None:
             try:
                 created[number] = self._asked[number].put(PREFIX + key, shards[number])
-            except AWAY as error:
+            except (Conflict, *AWAY) as error:
                 away[number] = error
 
         self._beside(range(self.shape.members), put)
@@ -366,13 +377,14 @@ class ParityStore:
             try:
                 if isinstance(member, Probing):
                     member.probe()
-                left = next(iter(member.list(limit=1)), None)
+                found = [one.key for one in member.list(limit=16) if not one.key.startswith(PROBES)]
             except AWAY as error:
                 away.append(error)
                 continue
-            if left is not None:
+            # (A single object is what is left of a chain whose creation was killed; that is gone on with.)
+            if len(found) > 1:
                 raise Mismatch(
-                    f"{member.url} holds {left.key} already, and fewer than the {self.shape.k} members "
+                    f"{member.url} holds {found[0]} already, and fewer than the {self.shape.k} members "
                     "that it takes hold the chain that it may belong to",
                     kept="nothing was touched",
                     next="bring the other members back, or name empty ones for a new chain",
@@ -381,6 +393,15 @@ class ParityStore:
             raise unreachable(self.url, "", away, self.shape.k, self.shape.members)
 
     # -- what is kept of an object ------------------------------------------------------------------------
+
+    def sweep(self) -> int:
+        """Take away what killed writers left half-written in directories; returns how many bytes."""
+        freed = 0
+        for member in self.members:
+            if isinstance(member, LocalStore):
+                with contextlib.suppress(Unavailable):  # One that is away has time.
+                    freed += member.sweep()
+        return freed
 
     def away(self) -> Sequence[str]:
         return self._mending.away()
