@@ -395,6 +395,31 @@ def test_the_newest_head_is_replaced_only_where_nobody_can_take_its_number() -> 
     assert verify(chain).findings == []
 
 
+@pytest.mark.parametrize("prefix", [keys.head("main"), keys.lease("main")])
+def test_a_writer_on_another_machine_is_not_stopped(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be asked, and whoever took its lease would fence it."""
+    store, copy = MemoryStore(), MemoryStore()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("everstep.chain.lease.socket.gethostname", lambda: "elsewhere")
+        writer = started(store)
+        (snapshot,) = written(writer, [content(1, SMALL)])
+    for key, data in objects(store).items():
+        copy.put(key, [data])
+    key = keys.numbered(prefix, 1)
+    change(store, key, flipped(objects(store)[key]))
+    _, done = repaired(store, copy)
+    assert [finding.key for finding in done.left] == [key]
+    assert "may be being written by process" in done.left[0].problem
+    assert "on elsewhere" in done.left[0].problem
+    # It goes on, and what is not the newest any more is put back.
+    writer.write(content(2, SMALL).captured(), Facts(step=2))
+    if prefix == keys.head("main"):
+        _, done = repaired(store, copy)
+        assert not done.left
+        assert Chain(store).find("head~1") == snapshot
+        assert verify(Chain(store)).findings == []
+
+
 def test_a_store_that_is_away_is_no_damage() -> None:
     store, copy = MemoryStore(), MemoryStore()
     make(store)

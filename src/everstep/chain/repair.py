@@ -17,7 +17,7 @@ from everstep.chain import sources as elsewhere
 from everstep.chain.doomed import Doomed
 from everstep.chain.fence import fence_at
 from everstep.chain.history import SHORT, Chain
-from everstep.chain.lease import Lease
+from everstep.chain.lease import Lease, refuse_unreleased
 from everstep.chain.names import is_object, newest
 from everstep.chain.rebuilding import Chunks
 from everstep.chain.sources import Have, Source, refuse_other
@@ -26,6 +26,7 @@ from everstep.errors import Conflict, Damaged, EverstepError, Fenced, Mismatch, 
 from everstep.format import keys
 from everstep.format import manifest as manifests
 from everstep.format.manifest import Manifest
+from everstep.format.record import LeaseRecord, unseal
 from everstep.store.base import Buffer, Entry, Redundant, Store
 from everstep.store.replacing import SPARES, holds, key_of_spare
 from everstep.store.replacing import replace as put_in_place
@@ -166,7 +167,7 @@ class _Considering:
                 none = f", and {where} cannot tell which chain it was" if where else ""
                 raise kind(
                     error.problem + none,
-                    kept="nothing was touched",
+                    kept=error.kept or "nothing was touched",
                     next=f"everstep -r {self.store.url} repair --from {COPY}",
                     key=keys.CHAIN,
                 ) from error
@@ -175,7 +176,12 @@ class _Considering:
             # Its own record of which chain it is may be what is damaged there.
             one.same = one.chain() == about or (not one.chain() and one.shares(self.store, heads) is True)
             if not one.same:
-                self.remarks.append(f"{one.url} is another chain: only its chunks are of use")
+                what = (
+                    "is another chain: only its chunks are"
+                    if one.chain()
+                    else "holds no chain: nothing in it is"
+                )
+                self.remarks.append(f"{one.url} {what} of use")
 
     def _refuse_strangers(self) -> None:
         """Nothing says which chain this is: a copy of it must have a record in common, if there are any."""
@@ -408,10 +414,12 @@ def _make_replaceable(store: Store, key: str, parts: Sequence[Buffer]) -> None:
             kept="no snapshot needs it",
             next=f"everstep -r {store.url} log",
         )
-    branch = prefix.split("/")[1]
+    branch, is_head = prefix.split("/")[1], prefix.startswith(keys.HEADS)
+    # Who takes a lease from a writer stops it: for a repair nobody is to be stopped.
+    refuse_unreleased(store, branch, None if is_head else unseal(b"".join(parts), LeaseRecord, key))
     mine = Lease.take(store, branch)
     try:
-        if prefix.startswith(keys.HEADS):
+        if is_head:
             fence_at(store, mine, number + 1, parts)
     finally:
         mine.release()

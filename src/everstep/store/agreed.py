@@ -144,8 +144,8 @@ class Agreed:
         """What it means that no copy is decided."""
         k, members = self._shape.k, self._shape.members
         if tally.most + len(tally.away) + len(tally.damaged) < k:
-            few = f" ({tally.most} of {members} members hold it, and it takes {k})" if tally.most else ""
-            return NotFound(f"{self._url} has no object {key}{few}", key=key)
+            few = f"{tally.most} of {members} members hold it, and it takes {k}" if tally.most else ""
+            return NotFound(f"{self._url} has no object {key}", kept=few, key=key)
         if tally.away:
             return unreachable(self._url, key, list(tally.away.values()), k, members)
         return Damaged(

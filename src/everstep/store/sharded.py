@@ -167,8 +167,8 @@ class Sharded:
         if there >= k:
             return
         if there + len(found.away) + len(found.damaged) < k:
-            few = f" ({there} of its shards are there, and it takes {k})" if there else ""
-            raise NotFound(f"{self._url} has no object {key}{few}", key=key)
+            few = f"{there} of its shards are there, and it takes {k}" if there else ""
+            raise NotFound(f"{self._url} has no object {key}", kept=few, key=key)
         if found.away:
             raise unreachable(self._url, key, list(found.away.values()), k, self._shape.members)
         raise self._too_few(key, there)
