@@ -395,6 +395,33 @@ def test_the_newest_head_is_replaced_only_where_nobody_can_take_its_number() -> 
     assert verify(chain).findings == []
 
 
+def test_a_prune_and_a_writer_between_plan_and_execution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was pruned since does not come back, and what was written since is not touched."""
+    monkeypatch.setattr(prune, "GRACE_S", 0.0)
+    store, copy = MemoryStore(), MemoryStore()
+    chain = make(store)
+    for key, data in objects(store).items():
+        copy.put(key, [data])
+    first, head = chain.find("step:1"), chain.find("head")
+    old = [keys.snapshot(first.id), keys.manifest(first.record.manifests[0])]
+    kept = keys.manifest(head.record.manifests[0])
+    for key in (*old, kept):
+        change(store, key, flipped(objects(store)[key]))
+    plan = consider(store, [copy])
+    assert {step.key for step in plan.steps} == {*old, kept}
+    change(store, kept, objects(copy)[kept])  # A prune does not go on where what stays cannot be read.
+    for _ in prune.prune(chain, Keep.parse("last 2")):
+        pass
+    change(store, kept, flipped(objects(copy)[kept]))
+    late = Writer(chain, Lease.take(store), parent=head.id)
+    late.write(content(9).captured(), Facts(step=5))
+    before = objects(store)
+    done = execute(plan)
+    assert [step.key for step in done.repaired] == [kept]
+    assert objects(store) == {**before, kept: objects(copy)[kept]}
+    assert verify(chain).findings == []
+
+
 @pytest.mark.parametrize("prefix", [keys.head("main"), keys.lease("main")])
 def test_a_writer_on_another_machine_is_not_stopped(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It cannot be asked, and whoever took its lease would fence it."""

@@ -44,13 +44,14 @@ _ORDER = (
 @dataclass(frozen=True)
 class Step:
     """An object that is to be put back: what is wrong with it, and where it comes from. `lacks` are chunks of
-    a pack that were nowhere to be had: all others are then there."""
+    a pack that were nowhere to be had: all others are then there. `stood`: it was there, and damaged."""
 
     key: str
     problem: str
     how: str
     size_bytes: int
     lacks: tuple[str, ...] = ()
+    stood: bool = False
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,8 @@ class _Considering:
     def _take(self, have: Have, problem: str) -> None:
         self.fixed.contents[have.key] = have.content
         self.fixed.sizes[have.key] = have.size_bytes
-        self.steps[have.key] = Step(have.key, problem, have.how, have.size_bytes)
+        stood = _stands(self.store, have.key)
+        self.steps[have.key] = Step(have.key, problem, have.how, have.size_bytes, stood=stood)
 
     def _rebuild(self, key: str, problem: str) -> bool:
         name = key.rpartition("/")[2]
@@ -362,8 +364,8 @@ def execute(plan: Plan, on_progress: Callable[[int, int], None] | None = None) -
             on_progress(done, total)
     for step in plan.steps:
         done += step.size_bytes
-        if step.key.rpartition("/")[2] in doomed.names:
-            continue  # It is about to go; nobody needs it.
+        if step.key.rpartition("/")[2] in doomed.names or (step.stood and not _stands(store, step.key)):
+            continue  # A prune is about to take it away, or has; nobody needs it.
         try:
             _put(store, step, plan.contents[step.key]())
             repaired.append(step)
