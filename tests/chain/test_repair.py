@@ -517,6 +517,23 @@ def test_too_little_in_parity_comes_from_a_copy() -> None:
     assert objects(store) == objects(copy)
 
 
+def test_what_was_put_damaged_into_a_set_and_is_not_whole_there_either() -> None:
+    """Mending gives back what was put, which was not the manifest; a copy has it."""
+    members = [MemoryStore(str(number)) for number in range(6)]
+    copy = MemoryStore()
+    written(started(copy), [content(1, LARGE)])
+    key = keys.manifest(Chain(copy).find("head").record.manifests[0])
+    for name, data in objects(copy).items():
+        in_parity(members).put(name, [flipped(data) if name == key else data])
+    members[5].delete(key)
+    store = in_parity(members)
+    plan, done = repaired(store, copy)
+    assert [step.key for step in plan.mends] == [step.key for step in plan.steps] == [key]
+    assert not done.left
+    assert verify(Chain(store)).findings == []
+    assert objects(store) == objects(copy)
+
+
 def test_the_pack_that_comes_out_is_named_by_its_footer() -> None:
     store = MemoryStore()
     make(store)

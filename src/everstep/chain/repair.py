@@ -128,8 +128,7 @@ class _Considering:
             self.checked = set(self.steps)
             after = verify(chain, self.on_progress)
         after = self._without_empty_heads(chain, after)
-        mended = {step.key for step in mends}
-        steps = sorted((step for key, step in self.steps.items() if key not in mended), key=_order)
+        steps = sorted(self.steps.values(), key=_order)
         return Plan(
             tuple(steps),
             mends,
