@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from making import content, started, whole, written
 
-from everstep.chain import prune
-from everstep.chain import verify as verifying
+from everstep.chain import prune, states
 from everstep.chain.history import Chain, now
 from everstep.chain.retention import Keep
 from everstep.chain.verify import Report, verify
@@ -237,7 +236,7 @@ def test_more_shared_bytes_than_any_state_has_are_refused(monkeypatch: pytest.Mo
     layout = lay_out([whole("one", "uint8", (6000,)), whole("two", "uint8", (6000,))])
     writer = started(MemoryStore())
     (snapshot,) = written(writer, [content(3, layout)])
-    monkeypatch.setattr(verifying, "MAX_SHARED_BYTES", 11_999)
+    monkeypatch.setattr(states, "MAX_SHARED_BYTES", 11_999)
     (finding,) = verify(writer.chain).findings
     assert "claim to share more than" in finding.problem
     assert finding.snapshots == (snapshot.id,)

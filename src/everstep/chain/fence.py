@@ -9,6 +9,7 @@ no prune takes away.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
 from msgspec import UNSET, UnsetType
 
@@ -18,6 +19,7 @@ from everstep.chain.lease import Lease
 from everstep.errors import Damaged, NotFound, Unsupported
 from everstep.format import keys, record
 from everstep.format.record import NO_SNAPSHOT, HeadRecord, Move
+from everstep.store.base import Buffer, Store
 
 
 def fence_former(chain: Chain, mine: Lease) -> None:
@@ -52,6 +54,25 @@ def put_fence(chain: Chain, mine: Lease, move: Move | UnsetType = UNSET) -> Head
         # Where the former one was faster, it has committed once more, and that is its last.
         if chain.store.put(fence.key, [record.seal(fence)]):
             return fence
+
+
+def fence_at(store: Store, mine: Lease, number: int, before: Sequence[Buffer]) -> None:
+    """Put a fence with this number behind a head record whose bytes are `before`, unless somebody else has
+    just taken the number. Durable on return. Raises Fenced, Damaged."""
+    key = keys.numbered(keys.head(mine.branch), number - 1)
+    former = record.unseal(b"".join(before), HeadRecord, key)
+    fence = HeadRecord(
+        snapshot=former.snapshot,
+        step=former.step,
+        writer=mine.number,
+        nonce=secrets.token_hex(8),
+        at=now(),
+        branch=mine.branch,
+        number=number,
+        fence=True,
+    )
+    mine.check()
+    store.put(fence.key, [record.seal(fence)])
 
 
 def _newest(chain: Chain, branch: str) -> HeadRecord | None:

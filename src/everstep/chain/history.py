@@ -107,6 +107,7 @@ class Chain:
         except NotFound as error:
             raise NotFound(
                 f"{self.store.url} is not an Everstep chain (it has no {keys.CHAIN})",
+                kept=error.kept,
                 next="everstep -r PATH_OF_THE_CHAIN log",
                 key=keys.CHAIN,
             ) from error

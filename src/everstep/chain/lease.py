@@ -115,6 +115,26 @@ def refuse_living(store: Store, branch: str = MAIN) -> None:
         )
 
 
+def refuse_unreleased(store: Store, branch: str, newest_one: LeaseRecord | None = None) -> None:
+    """For who must not take a lease from anybody, on any machine: raises Conflict unless the newest lease
+    of the branch was released, or was a process of this machine that is dead.
+
+    Args:
+        newest_one: the newest lease, where the caller knows better what is in it than the store.
+    """
+    number = names.newest(store, keys.lease(branch))
+    holder = newest_one or (_holder(store, keys.numbered(keys.lease(branch), number)) if number else None)
+    refuse_living(store, branch)
+    if not number or (holder is not None and (not holder.pid or is_of_this_machine(holder))):
+        return
+    who = f"process {holder.pid} on {holder.host}" if holder is not None else "somebody"
+    raise Conflict(
+        f"branch {branch!r} of {store.url} may be being written by {who}",
+        kept="nothing was touched",
+        next=f"everstep -r {store.url} repair, when that has ended or taken its next snapshot",
+    )
+
+
 def _newest_keys(store: Store, branch: str) -> list[tuple[int, str]]:
     """Number and key of the branch's own newest lease, and of that of all branches."""
     own, of_all = names.newest(store, keys.lease(branch)), _newest_of_all_branches(store)

@@ -248,11 +248,11 @@ def _journal_directory(chain: Chain) -> Path | None:
     if isinstance(chain.store, Addressed):
         # Where there is no home, memory must do as well.
         with suppress(RuntimeError):
-            return _state_directory() / chain.about.chain / JOURNAL
+            return state_directory() / chain.about.chain / JOURNAL
     return None
 
 
-def _state_directory() -> Path:
+def state_directory() -> Path:
     """Where programs keep what is this machine's and outlives them. Raises RuntimeError."""
     named = Path(os.environ.get("XDG_STATE_HOME", ""))
     return (named if named.is_absolute() else Path.home() / ".local" / "state") / "everstep"

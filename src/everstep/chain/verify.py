@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 from everstep.chain.history import SHORT, Chain, Point, Snapshot
 from everstep.chain.names import exists, is_object, segment_of
 from everstep.chain.reader import Reader
 from everstep.chain.relocations import Relocations
+from everstep.chain.states import state_of
 from everstep.chain.steplog import JOURNAL, MAX_JOURNAL_BYTES, read_journal
 from everstep.errors import Damaged, NotFound, Unsupported
 from everstep.format import keys, pack, record, values
 from everstep.format import manifest as manifests
-from everstep.format.chunk import Buffer, aligned, decode, digest, grid
+from everstep.format.chunk import Buffer, aligned, decode, digest
 from everstep.format.manifest import Manifest, Place
 from everstep.format.record import (
     ChainRecord,
@@ -28,11 +28,7 @@ from everstep.format.record import (
     SnapshotRecord,
     TagRecord,
 )
-from everstep.store.base import Entry
-
-MAX_SHARED_BYTES = 64 * 1024**3
-"""So much of small leaves is digested anew for a state digest: more than any state has. (A hostile manifest
-can claim any size by naming one chunk a million times.)"""
+from everstep.store.base import Entry, Redundant
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,8 @@ class Finding:
 
 @dataclass
 class Report:
-    """What `verify` saw. `foreign` are files in the chain's place that are none of its objects."""
+    """What `verify` saw. `foreign` are files in the chain's place that are none of its objects; `left_bytes`
+    of chunks were not looked at, because they were not asked for."""
 
     objects: int = 0
     bytes: int = 0
@@ -56,9 +53,26 @@ class Report:
     whole: int = 0
     findings: list[Finding] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
+    left_bytes: int = 0
 
 
-def verify(chain: Chain, on_progress: Callable[[int, int], None] | None = None) -> Report:
+@dataclass(frozen=True)
+class Subset:
+    """One of `of` parts of the data, the `number`-th, from 1 on: which chunks belong to it goes by their
+    names, so all parts together are all chunks, whatever is added between two looks."""
+
+    number: int
+    of: int
+
+    def wants(self, pack: str, chunk: str) -> bool:
+        return int(chunk[:8], 16) % self.of == self.number - 1
+
+
+def verify(
+    chain: Chain,
+    on_progress: Callable[[int, int], None] | None = None,
+    wants: Callable[[str, str], bool] | None = None,
+) -> Report:
     """Check everything in a chain; changes nothing and raises nothing for damage: it reports it.
 
     Two things leave no trace and so cannot be seen: that the newest or the oldest head record of a branch was
@@ -67,11 +81,13 @@ def verify(chain: Chain, on_progress: Callable[[int, int], None] | None = None) 
 
     Args:
         on_progress: called with (bytes done, bytes in all) after each object.
+        wants: given the name of a pack and the digest of a chunk in it, says whether its bytes are to be
+            read; all are, unless given. Records, manifests and the footers of packs always are.
 
     Raises:
         Unavailable: the store does not answer.
     """
-    return _Verifier(chain, on_progress or (lambda done, total: None)).run()
+    return _Verifier(chain, on_progress or (lambda done, total: None), wants).run()
 
 
 @dataclass(frozen=True)
@@ -97,12 +113,20 @@ class _Named:
 
 
 class _Verifier:
-    def __init__(self, chain: Chain, on_progress: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        chain: Chain,
+        on_progress: Callable[[int, int], None],
+        wants: Callable[[str, str], bool] | None,
+    ) -> None:
         self.chain = chain
+        self.wants = wants
         self.reader = Reader(chain.store)
         self.on_progress = on_progress
         self.report = Report()
         self.problems: dict[str, str] = {}
+        self.flaws: dict[str, str] = {}
+        """What is not whole of objects that can be read all the same: their store has more of them."""
         self.records: dict[str, SnapshotRecord] = {}
         self.manifests: dict[str, Manifest] = {}
         self.expected: dict[str, set[_Expected]] = defaultdict(set)
@@ -133,13 +157,15 @@ class _Verifier:
         total = sum(entry.size_bytes for entry in entries)
         if not any(entry.key == keys.CHAIN for entry in entries):
             self._problem(keys.CHAIN, "it is missing")
+        done = 0
         # Manifests first: they say what is expected of the packs.
         for packs in (False, True):
             for entry in entries:
                 if entry.key.startswith(keys.PACKS) is packs:
                     self._object(entry)
-                    self.report.bytes += entry.size_bytes
-                    self.on_progress(self.report.bytes, total)
+                    done += entry.size_bytes
+                    self.on_progress(done, total)
+        self.report.bytes = done - self.report.left_bytes
         self._follow()
         for key, manifest in self.manifests.items():
             self._check_packs(key, manifest)
@@ -165,10 +191,21 @@ class _Verifier:
         self.report.objects += 1
         try:
             check(self, entry)
+            self._flaws(key)
         except NotFound:
             self.report.objects -= 1  # Pruned since it was listed; if it is needed, that is found below.
         except (Damaged, Unsupported) as error:
             self._problem(key, error.problem)
+
+    def _flaws(self, key: str) -> None:
+        """What a store that keeps more of an object than it takes says of that."""
+        store, name = self.chain.store, key.rpartition("/")[2]
+        if isinstance(store, Redundant) and (
+            self.wants is None or not _is_pack(key) or self.wants(name, name)
+        ):
+            flaws = store.flaws(key)
+            if flaws:
+                self.flaws[key] = "; ".join(flaws)
 
     def _get(self, entry: Entry, limit: int) -> Buffer:
         """An object's bytes, one more than allowed at most: a hostile store may claim any size."""
@@ -221,6 +258,9 @@ class _Verifier:
             if expected - checks.keys():
                 self._problem(key, "its footer and a manifest disagree about what it holds")
         for wanted in sorted(expected | checks.keys(), key=lambda one: one.place.offset):
+            if self.wants is not None and not self.wants(name, wanted.digest):
+                self.report.left_bytes += wanted.place.stored_bytes
+                continue
             self._chunk(key, name, wanted, checks.get(wanted))
 
     def _follow(self) -> None:
@@ -275,16 +315,17 @@ class _Verifier:
     def _derived(self, key: str, manifest: Manifest) -> None:
         """Chunks that build on others, and the state digest, which no single object proves."""
         for chunk, place in zip(manifest.chunks, manifest.places, strict=True):
-            if place.base and not self._bad_pack(chunk.digest, place, manifest):
+            wanted = self.wants is None or self.wants(place.pack, chunk.digest)
+            if place.base and wanted and not self._bad_pack(chunk.digest, place, manifest):
                 try:
                     self.reader.chunk(manifest, chunk.digest)
                 except (Damaged, Unsupported) as error:
                     self._problem(keys.pack(place.pack), error.problem)
                     self._bad(place.pack, chunk.digest)
-        if self._broken_packs(manifest):
+        if self.wants is not None or self._broken_packs(manifest):
             return
         try:
-            if _state_of(self.reader, manifest) != manifest.state:
+            if state_of(self.reader, manifest) != manifest.state:
                 self._problem(key, "its state digest is not that of its leaves")
         except (Damaged, Unsupported) as error:
             self._problem(key, error.problem)
@@ -331,6 +372,16 @@ class _Verifier:
                 continue
             finding = Finding(key, self.problems[key], lost, self._next(key, lost, newest))
             self.report.findings.append(finding)
+        self._report_flaws()
+
+    def _report_flaws(self) -> None:
+        store = self.chain.store
+        mend = f"it is read all the same; everstep -r {self.chain.url} repair"
+        for key in sorted(self.flaws.keys() - self.problems.keys()):
+            self.report.findings.append(Finding(key, self.flaws[key], (), mend))
+        for sentence in store.away() if isinstance(store, Redundant) else ():
+            back = f"bring it back; what it lacks then: everstep -r {self.chain.url} repair"
+            self.report.findings.append(Finding("", sentence, (), back))
 
     def _was_pruned(self, key: str) -> bool:
         """Whether an object that no snapshot needs went away while it was looked at."""
@@ -419,10 +470,14 @@ class _Verifier:
     def _next(self, key: str, ids: tuple[str, ...], newest: str | None) -> str:
         here = f"everstep -r {self.chain.url}"
         if not ids:
-            return f"no snapshot needs it; see what it is: {here} dump {key}"
+            return f"no snapshot needs it; see what it is: {here} dump {key}; and: {here} repair"
         if newest is None:
-            return f"no snapshot is whole; put back a copy of {key} and: {here} verify"
-        return f"start the training again, it resumes from {newest}; see the rest: {here} log"
+            return f"no snapshot is whole; {here} repair --from A_COPY_OF_THE_CHAIN"
+        return f"start the training again, it resumes from {newest}; to have the rest back: {here} repair"
+
+
+def _is_pack(key: str) -> bool:
+    return key.startswith(keys.PACKS)
 
 
 def _checked_name(key: str, data: Buffer) -> str:
@@ -441,55 +496,6 @@ def _is_chunk(stored: Buffer, one: _Expected) -> bool:
 
 def _place(name: str, entry: pack.Entry) -> Place:
     return Place(name, entry.offset, entry.stored_bytes, entry.encoding, entry.base)
-
-
-def _state_of(reader: Reader, manifest: Manifest) -> str:
-    """The state digest out of a manifest's leaves; slices that share a region are read for it."""
-
-    @lru_cache(maxsize=4)
-    def chunk(number: int) -> memoryview:
-        return memoryview(reader.chunk(manifest, manifest.chunks[number].digest))
-
-    done: dict[tuple[int, int, int], list[str]] = {}
-    leaves = []
-    _refuse_endless(manifest)
-    for leaf in manifest.leaves:
-        parts = []
-        for part in leaf.slices:
-            region = manifest.regions[part.region]
-            size = leaf.size_bytes(part)
-            at = (part.region, part.offset, size)
-            if part.offset == 0 and size == region.size_bytes:
-                done[at] = [manifest.chunks[number].digest for number in region.chunks]
-            if at not in done:
-                done[at] = [
-                    digest(_bytes_at(chunk, region.chunks, manifest.grid_bytes, part.offset + start, count))
-                    for start, count in grid(size, manifest.grid_bytes)
-                ]
-            parts.append((part.at, part.extent, done[at]))
-        leaves.append((leaf.name, leaf.dtype, leaf.shape, parts))
-    return manifests.state_digest(leaves, manifest.values)
-
-
-def _refuse_endless(manifest: Manifest) -> None:
-    """Raises Damaged when more than `MAX_SHARED_BYTES` would have to be read for the state digest."""
-    shared = {
-        (part.region, part.offset, size)
-        for leaf in manifest.leaves
-        for part in leaf.slices
-        if (size := leaf.size_bytes(part)) != manifest.regions[part.region].size_bytes
-    }
-    if sum(size for _, _, size in shared) > MAX_SHARED_BYTES:
-        raise Damaged(f"its leaves claim to share more than {MAX_SHARED_BYTES} bytes")
-
-
-def _bytes_at(
-    chunk: Callable[[int], memoryview], numbers: tuple[int, ...], grid_bytes: int, start: int, size: int
-) -> bytes:
-    """`size` bytes of a region from `start` on, no more than the grid: out of two chunks at most."""
-    first, offset = divmod(start, grid_bytes)
-    data = bytes(chunk(numbers[first])[offset : offset + size])
-    return data if len(data) == size else data + bytes(chunk(numbers[first + 1])[: size - len(data)])
 
 
 _CHECKS: dict[str, Callable[[_Verifier, Entry], None]] = {

@@ -19,8 +19,8 @@ import msgspec
 import typer
 
 from everstep.chain.history import MAIN, SHORT, Chain, Snapshot
+from everstep.cli import checking, diff, output, replicas, versions
 from everstep.cli import copy as copying
-from everstep.cli import diff, output, replicas, versions
 from everstep.cli import prune as pruning
 from everstep.cli import stats as statistics
 from everstep.cli.options import Branch, Json, Ref, Replica, Repo, chain_url, read_place
@@ -340,33 +340,12 @@ def _show_manifest(manifest: Manifest, leaves: bool) -> None:
 app.command("diff")(diff.diff)
 
 
-# -- verify ------------------------------------------------------------------------------------------------
+# -- verify, repair, scrub ---------------------------------------------------------------------------------
 
 
-@app.command()
-def verify(context: typer.Context, repo: Repo = None, as_json: Json = False) -> int:
-    """Read everything again and hold every byte against its digest."""
-    from everstep.chain.verify import verify as check
-
-    chain = Chain(chain_url(context, repo))
-    with output.progress("reading", quiet=as_json) as on_progress:
-        report = check(chain, on_progress)
-    status = Damaged.exit_code if report.findings else 0
-    if as_json:
-        output.document({"chain": chain.url, "ok": not report.findings, **dataclasses.asdict(report)})
-        return status
-    for finding in report.findings:
-        hit = ", ".join(id[:SHORT] for id in finding.snapshots) or "none"
-        print(output.clean(f"{finding.key}: {finding.problem}"))
-        print(f"  snapshots lost: {hit}")
-        print(output.clean(f"  next: {finding.next}"))
-    for key in report.foreign:
-        output.remark(f"{key} is none of the chain's objects; it was left alone")
-    print(
-        f"{report.objects} objects, {size(report.bytes)} read again: {len(report.findings)} damaged; "
-        f"{report.whole} of {report.snapshots} snapshots whole"
-    )
-    return status
+app.command()(checking.verify)
+app.command()(checking.repair)
+app.command()(checking.scrub)
 
 
 # -- export ------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from everstep.errors import EverstepError, Unsupported
 from everstep.events import size
 from everstep.store.base import Probing
 from everstep.store.objects import ObjectStore
+from everstep.store.parity import parse
 from everstep.store.patience import Patience
 from everstep.store.urls import open_store
 from everstep.version import __version__
@@ -74,7 +75,22 @@ def examine(place: str) -> Iterator[Line]:
     yield Line("CPUs", OK, str(_cpus()))
     yield _shared_memory()
     place = place.removeprefix("file://")
-    yield from _bucket(place) if "://" in place else _directory(Path(place))
+    yield from _place(place)
+
+
+def _place(place: str) -> Iterator[Line]:
+    if place.startswith("parity:"):
+        try:
+            members = parse(place)[1]
+            open_store(place)
+        except EverstepError as error:
+            yield Line("parity set", MISSING, error.problem, error.next)
+            return
+        yield Line("parity set", OK, place)
+        for member in members:
+            yield from _place(member)
+    else:
+        yield from _bucket(place) if "://" in place else _directory(Path(place))
 
 
 def _directory(path: Path) -> Iterator[Line]:

@@ -52,7 +52,7 @@ from everstep.state.data import Track, track
 from everstep.state.objects import modules, named, optimizers
 from everstep.state.restore import is_plain
 from everstep.state.workers import let_workers_end_with_the_process, need_no_worker
-from everstep.store.base import Store, Sweeping
+from everstep.store.base import Redundant, Store, Sweeping
 from everstep.store.replicated import ReplicatedStore
 from everstep.store.urls import open_store
 
@@ -125,6 +125,10 @@ class Run:
         self.chain, start = self._open_chain(chains)
         self._connect(start)
         self._emit(Opened(self.chain.url, self._captured(), settings.every_text, settings.keep))
+        if isinstance(self.chain.store, Redundant):
+            for sentence in self.chain.store.away():
+                mend = f"everstep -r {self.chain.url} repair, when it is back"
+                self._emit(Warned(f"{sentence}: what is stored now lacks its part there. Next: {mend}"))
 
     # -- opening ------------------------------------------------------------------------------------------
 

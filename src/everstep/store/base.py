@@ -15,6 +15,7 @@ PROBES = "probe/"
 
 MAX_KEY_CHARACTERS = 512
 MAX_PART_CHARACTERS = 255
+_NAMED_BY_DIGEST = re.compile("(.*/)?[0-9a-f]{64}")
 _PART = rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{MAX_PART_CHARACTERS - 1}}}"
 _KEY = re.compile(f"{_PART}(/{_PART})*")
 
@@ -124,6 +125,29 @@ class Distant(Protocol):
         """How many requests."""
 
 
+@runtime_checkable
+class Redundant(Protocol):
+    """A store that holds more of each object than it takes to read it, and can make that whole again."""
+
+    def flaws(self, key: str) -> Sequence[str]:
+        """What is not as it should be with what is kept of an object, a sentence each; all of it is read.
+        Raises NotFound."""
+
+    def mend(self, key: str) -> Sequence[str]:
+        """Make what is kept of an object whole again where that can be; durable on return. Nothing good is
+        taken away.
+
+        Returns:
+            What was mended, a sentence each.
+
+        Raises:
+            NotFound, Damaged: there is not enough of it.
+        """
+
+    def away(self) -> Sequence[str]:
+        """Parts of the store that do not answer now, a sentence each. Blocks on I/O."""
+
+
 def refuses_to_overwrite(store: Store) -> bool:
     """Create an object twice and look whether the second is refused; take it away again."""
     key = PROBES + secrets.token_hex(8)
@@ -137,6 +161,11 @@ def refuses_to_overwrite(store: Store) -> bool:
 
 def is_key(key: str) -> bool:
     return len(key) <= MAX_KEY_CHARACTERS and _KEY.fullmatch(key) is not None
+
+
+def is_named_by_digest(key: str) -> bool:
+    """Whether all who put an object under this key put the same bytes."""
+    return _NAMED_BY_DIGEST.fullmatch(key) is not None
 
 
 def checked(key: str) -> str:

@@ -7,7 +7,6 @@ nonce.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 from everstep.errors import EverstepError, NotFound, Unsupported
 from everstep.store import cloud
 from everstep.store.answers import MISSING, PASSING, PAST_END, TAKEN, Answer, Place, sentence, understood
-from everstep.store.base import Buffer, Entry, checked, is_key, refuses_to_overwrite
+from everstep.store.base import Buffer, Entry, checked, is_key, is_named_by_digest, refuses_to_overwrite
 from everstep.store.forks import note_use
 from everstep.store.parallel import in_parallel
 from everstep.store.patience import Clock, Patience
@@ -37,7 +36,6 @@ PAGE = 1000
 LITTLE = 16
 """Fewer are not looked at: what is foreign may stand before what was meant."""
 
-_NAMED_BY_DIGEST = re.compile("(.*/)?[0-9a-f]{64}")
 _LETTERS = "-.0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz"
 """What keys are made of, in the order of bytes."""
 
@@ -137,7 +135,7 @@ class ObjectStore:
         checked(key)
         views = [memoryview(part).cast("B") for part in parts if len(part)]
         size_bytes = sum(map(len, views))
-        large = size_bytes > SINGLE_BYTES and _NAMED_BY_DIGEST.fullmatch(key) is not None
+        large = size_bytes > SINGLE_BYTES and is_named_by_digest(key)
         try:
             if large or self.unsafe_single_writer:
                 return self._put_new(key, views, size_bytes, large)

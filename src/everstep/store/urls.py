@@ -30,6 +30,16 @@ def open_store(
     if not isinstance(url, str | os.PathLike):
         return url
     path = os.fspath(url)
+    if path.startswith("parity:"):
+        from everstep.store import parity
+
+        shape, places = parity.parse(path)
+        members = [_open(place, unsafe_single_writer, parity.PATIENCE) for place in places]
+        return parity.AddressedParityStore(shape, members, url=path)
+    return _open(path, unsafe_single_writer)
+
+
+def _open(path: str, unsafe_single_writer: bool, patience: Patience | None = None) -> Store:
     scheme, separator, rest = path.partition("://")
     if not separator:
         return LocalStore(path)
@@ -46,7 +56,7 @@ def open_store(
     known = ", ".join(f"{name}://" for name in (*cloud.SCHEMES, namenode.SCHEME))
     raise Unsupported(
         f"stores of the kind {scheme}:// are not in this version of Everstep; "
-        f"local directories and {known} are",
+        f"local directories and {known} are, and parity:K+M:... over several of them",
         kept="nothing was touched",
         next="a directory, such as runs/NAME, or s3://BUCKET/runs/NAME",
     )

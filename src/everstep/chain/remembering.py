@@ -1,0 +1,68 @@
+"""What this machine's user remembers of a chain between two checks of it: how far the last one came.
+
+It is an aid and no part of the chain: a small file among the user's own state. Where it is lost, a check
+begins at the beginning.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import msgspec
+
+from everstep.chain.history import Chain
+from everstep.chain.steplog import state_directory
+from everstep.errors import Unavailable
+from everstep.format.chunk import digest
+
+MAX_BYTES = 64 * 1024
+
+
+class Checks(msgspec.Struct, omit_defaults=True):
+    """`subsets`: by the number of parts, which was read last. `scrubbed`: the last pack of a scrub under way;
+    `passes`: how many have come to their end."""
+
+    subsets: dict[str, int] = {}
+    scrubbed: str = ""
+    passes: int = 0
+
+
+class Memory:
+    """The checks of one chain at one place. Reads and writes a small file."""
+
+    def __init__(self, chain: Chain) -> None:
+        self._url = chain.url
+        try:
+            place = state_directory() / chain.about.chain
+        except RuntimeError as error:
+            raise self._failed(error) from error
+        self._path = place / f"checks-{digest(os.path.realpath(chain.url).encode())[:16]}.json"
+
+    def load(self) -> Checks:
+        """What was saved last; the beginning where that cannot be read."""
+        try:
+            with open(self._path, "rb") as file:
+                return msgspec.json.decode(file.read(MAX_BYTES), type=Checks)
+        except (FileNotFoundError, msgspec.MsgspecError, ValueError):
+            return Checks()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def save(self, checks: Checks) -> None:
+        """Appears whole or not at all. Raises Unavailable."""
+        fresh: Path = self._path.with_name(f".{self._path.name}-{secrets.token_hex(4)}")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            fresh.write_bytes(msgspec.json.encode(checks))
+            os.replace(fresh, self._path)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> Unavailable:
+        return Unavailable(
+            f"how far the checks of {self._url} have come cannot be kept ({error})",
+            kept="the chain is not touched by this",
+            next="XDG_STATE_HOME=DIRECTORY, or name the part: --read-data-subset 1/20",
+        )
