@@ -19,6 +19,7 @@ from everstep.chain.doomed import Doomed, note_pruned
 from everstep.chain.history import MAIN, Chain
 from everstep.chain.lease import Lease, lives_here, newest
 from everstep.chain.names import exists, is_object
+from everstep.chain.replicas import note_source
 from everstep.chain.retention import Keep, Line, Listed
 from everstep.chain.sending import Sending, fetched
 from everstep.errors import Conflict, Damaged, Fenced, Mismatch, NotFound, Unavailable
@@ -107,6 +108,7 @@ class Mirror:
         if self.lease is not None:
             hold(self.source.store, chain.store, self.branch, self.lease)
         if self._there is None:
+            note_source(chain, self.source)
             self._there = numbers(chain.store)
             self._learn_packs(self._there)
             self._parted.clear()

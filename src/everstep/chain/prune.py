@@ -25,6 +25,7 @@ from everstep.chain.lease import Holding, Lease, Leases
 from everstep.chain.names import is_object, segment_of
 from everstep.chain.reached import Reached
 from everstep.chain.repack import Move, Repack, chosen, relocate
+from everstep.chain.replicas import source_of
 from everstep.chain.retention import Keep, Listed, staying
 from everstep.errors import Conflict, Damaged, EverstepError, Fenced, NotFound, Unsupported
 from everstep.format import keys
@@ -153,7 +154,8 @@ def consider(
         mine: the lease of who asks, whose own writer is writing nothing now.
         census: what it has read before need not be read again.
         repack: when packs of which something is needed are given up, too; None: never. Then all that the
-            manifests which stay say has to be looked at.
+            manifests which stay say has to be looked at. In a replica never: its source is repacked, and it
+            follows.
         now: by the store's clock, in seconds since 1970; by this machine's where it is not given: good enough
             to look, not to delete (`execute` asks the store).
         second: where it is asked once more.
@@ -163,6 +165,7 @@ def consider(
         Unsupported: a newer version wrote something here: likewise.
     """
     census = census or Census(chain)
+    repack = None if repack is not None and source_of(chain) else repack
     again = partial(consider, chain, keep, branches=branches, window_s=window_s, mine=mine, census=census)
     if second is not None:
         now = second.at

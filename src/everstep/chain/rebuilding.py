@@ -27,7 +27,7 @@ from everstep.format.chunk import (
     digest,
     encode,
 )
-from everstep.format.manifest import Manifest
+from everstep.format.manifest import Manifest, Place, StoredChunk
 from everstep.store.base import Store
 
 _NOT_HAD = (Damaged, NotFound, Unsupported)
@@ -169,6 +169,18 @@ class Chunks:
             entries.append(one)
         footer = pack.Footer(tuple(entries))
         return footer if entries and digest(pack.encode_footer(footer)) == name else None
+
+    def twin(self, chunk: StoredChunk, place: Place) -> tuple[str, int] | None:
+        """A pack of the first store, and the offset in it, where the same stored bytes lie that a manifest
+        places elsewhere; None where there are none."""
+        for store, key, one in self._where().get(chunk.digest, ()):
+            if store is not self._stores[0] or one.base != place.base:
+                continue
+            if (one.encoding, one.stored_bytes) != (place.encoding, place.stored_bytes):
+                continue
+            if self._read(store, key, one) is not None:
+                return key.rpartition("/")[2], one.offset
+        return None
 
     # -- one chunk ----------------------------------------------------------------------------------------
 

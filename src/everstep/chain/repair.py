@@ -8,7 +8,9 @@ at any instant leaves what the next one completes.
 
 from __future__ import annotations
 
+import secrets
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,17 +18,18 @@ from functools import partial
 from everstep.chain import sources as elsewhere
 from everstep.chain.doomed import Doomed
 from everstep.chain.fence import fence_at
-from everstep.chain.history import SHORT, Chain
+from everstep.chain.history import SHORT, Chain, now
 from everstep.chain.lease import Lease, refuse_unreleased
 from everstep.chain.names import exists, is_object, newest
 from everstep.chain.rebuilding import Chunks
+from everstep.chain.relocations import Relocations
 from everstep.chain.sources import Have, Source, refuse_other
 from everstep.chain.verify import Finding, Report, verify
 from everstep.errors import Conflict, Damaged, EverstepError, Fenced, Mismatch, NotFound, Unsupported
 from everstep.format import keys
 from everstep.format import manifest as manifests
 from everstep.format.manifest import Manifest
-from everstep.format.record import LeaseRecord, RelocationRecord, unseal
+from everstep.format.record import LeaseRecord, NewPack, RelocationRecord, Spot, seal, unseal
 from everstep.store.base import Buffer, Entry, Redundant, Store
 from everstep.store.replacing import SPARES, holds, key_of_spare
 from everstep.store.replacing import replace as put_in_place
@@ -210,7 +213,9 @@ class _Considering:
             if have is not None and self._is_of_here(have):
                 self._take(have, finding.problem)
                 return True
-        return key.startswith(keys.PACKS) and self._rebuild(key, finding.problem)
+        if key.startswith(keys.PACKS):
+            return self._rebuild(key, finding.problem) or self._tell_where(finding)
+        return key.startswith(keys.RELOCATIONS) and self._tell_where(finding)
 
     def _is_of_here(self, have: Have) -> bool:
         """A replica counts its own relocations: under a number may stand one that is about packs of there."""
@@ -218,6 +223,43 @@ class _Considering:
             return True
         relocation = unseal(b"".join(have.content()), RelocationRecord, have.key)
         return all(exists(self.store, keys.pack(one.name)) for one in relocation.packs)
+
+    def _tell_where(self, finding: Finding) -> bool:
+        """Make a relocation record anew, out of what packs hold and what manifests place in packs that are
+        gone: in the place of one that is damaged, or as the next one, for a pack that is missed."""
+        relocated = Relocations(self.fixed)
+        relocated.look()
+        instead_of = finding.key if finding.key.startswith(keys.RELOCATIONS) else ""
+        if not instead_of and relocated.damaged:
+            # It may be had whole, which is better.
+            key, error = min(relocated.damaged.items())
+            return self._fix(replace(finding, key=key, problem=error.problem))
+        sizes = {one.key.rpartition("/")[2]: one.size_bytes for one in self.fixed.list(keys.PACKS)}
+        packs: dict[str, int] = {}
+        moved: dict[str, dict[int, Spot]] = defaultdict(dict)
+        for manifest in self._manifests():
+            for chunk, place in zip(manifest.chunks, manifest.places, strict=True):
+                known = relocated.table.moved(place.pack, place.offset)
+                if place.pack in sizes or any(one.pack in sizes for one in known):
+                    continue
+                twin = self.chunks.twin(chunk, place)
+                if twin is None and instead_of:
+                    return False  # What is left of it may say more than that.
+                if twin is not None:
+                    packs.setdefault(twin[0], sizes[twin[0]])
+                    moved[place.pack][place.offset] = Spot(place.offset, list(packs).index(twin[0]), twin[1])
+        if finding.key.startswith(keys.PACKS) and finding.key.rpartition("/")[2] not in moved:
+            return False
+        made = RelocationRecord(
+            packs=tuple(NewPack(name, size) for name, size in packs.items()),
+            moved={name: tuple(spots.values()) for name, spots in sorted(moved.items())},
+            nonce=secrets.token_hex(8),
+            at=now(),
+            number=keys.number_of(instead_of) or newest(self.fixed, keys.RELOCATIONS) + 1,
+        )
+        data = seal(made)
+        self._take(Have(made.key, "of what the packs hold", len(data), lambda: [data]), finding.problem)
+        return True
 
     def _take(self, have: Have, problem: str) -> None:
         self.fixed.contents[have.key] = have.content

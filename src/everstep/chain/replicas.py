@@ -1,4 +1,5 @@
-"""Where a chain's replicas are, as its last writer was told: a small record in the chain's own store."""
+"""Where a chain's replicas are, as its last writer was told, and which chain a replica is one of: a small
+record in the chain's own store."""
 
 from __future__ import annotations
 
@@ -25,19 +26,39 @@ def address_of(store: Store) -> str:
 def remember(chain: Chain, stores: Sequence[Store]) -> None:
     """Write down where the replicas are, unless the newest record says just that. Durable on return. Stores
     of this process alone cannot be found again, and are left out."""
-    urls = tuple(url for url in map(address_of, stores) if url)
-    while urls != remembered(chain):
-        made = ReplicasRecord(urls, secrets.token_hex(8), now(), names.newest(chain.store, keys.REPLICAS) + 1)
-        if chain.store.put(made.key, [record.seal(made)]):
-            return
+    _say(chain, tuple(url for url in map(address_of, stores) if url), "")
 
 
 def remembered(chain: Chain) -> tuple[str, ...]:
     """The addresses of the replicas; none where that was never written down or cannot be read."""
+    return _newest(chain)[0]
+
+
+def note_source(replica: Chain, source: Chain) -> None:
+    """Write down in a replica what it is one of: as long as nobody goes on in the replica itself. Durable on
+    return."""
+    _say(replica, (), address_of(source.store) or source.url)
+
+
+def source_of(chain: Chain) -> str:
+    """The address of the chain that this is a replica of; "" where it is none, or nobody knows."""
+    return _newest(chain)[1]
+
+
+def _say(chain: Chain, urls: tuple[str, ...], source: str) -> None:
+    while (urls, source) != _newest(chain):
+        number = names.newest(chain.store, keys.REPLICAS) + 1
+        made = ReplicasRecord(urls, secrets.token_hex(8), now(), number, source)
+        if chain.store.put(made.key, [record.seal(made)]):
+            return
+
+
+def _newest(chain: Chain) -> tuple[tuple[str, ...], str]:
     number = names.newest(chain.store, keys.REPLICAS)
     key = keys.numbered(keys.REPLICAS, number)
     try:
         data = chain.store.get(key, 0, record.MAX_RECORD_BYTES + 1) if number else b""
-        return record.unseal(data, ReplicasRecord, key).urls if number else ()
+        found = record.unseal(data, ReplicasRecord, key) if number else None
     except (Damaged, NotFound):
-        return ()
+        return (), ""
+    return (found.urls, found.source) if found is not None else ((), "")

@@ -46,6 +46,7 @@ def prune(
     from everstep.chain.census import Census
     from everstep.chain.prune import GRACE_S, Repack, consider
     from everstep.chain.prune import prune as delete
+    from everstep.chain.replicas import source_of
     from everstep.chain.retention import EXAMPLE, Keep
 
     giving_up = Repack(_share(max_unused)) if repack else None
@@ -63,8 +64,11 @@ def prune(
     plan = consider(chain, policy, branches=branches, window_s=GRACE_S, census=census, repack=giving_up)
     deleted: list[str] = []
     freed_bytes = copied_bytes = 0
+    source = source_of(chain) if giving_up is not None else ""
     if not as_json:
         _show(plan)
+        if source:
+            print(f"{url} is a replica of {source}: packs are repacked there, and it follows")
     if not dry_run:
         for done in delete(
             chain, policy, branches=branches, window_s=GRACE_S, census=census, repack=giving_up

@@ -231,12 +231,14 @@ class RelocationRecord(msgspec.Struct, frozen=True):
 
 
 class ReplicasRecord(msgspec.Struct, frozen=True):
-    """Where the replicas of a chain are, as its last writer was told. The newest one counts."""
+    """Where the replicas of a chain are, as its last writer was told; or, in a replica, what it is one of.
+    The newest one counts."""
 
     urls: tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_URL_CHARACTERS)], ...]
     nonce: str
     at: str
     number: RecordNumber
+    source: Annotated[str, msgspec.Meta(max_length=MAX_URL_CHARACTERS)] = ""
     format: int = FORMAT
 
     @property
