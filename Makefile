@@ -1,5 +1,5 @@
 # make demo   sets everything up and runs the main job      make test   sets everything up and runs all tests
-# make check  format, lint, types, layers, unit tests       make bench  measures, beside other systems
+# make check  format, lint, types, layers, quick tests      make bench  measures, beside other systems
 # make servers   installs, as root, the servers that tests of stores talk to
 # make soak   100 trainings, 360 kills of them and their keepers, 100 of prunes on Ceph, 30 s without a store, and
 #             100,000 hostile inputs
@@ -28,7 +28,7 @@ check: $(READY)
 	$(BIN)/ruff check src tests bench
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not process'
+	QUICK=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not process'
 
 test: $(READY)
 	$(BIN)/ruff format --check src tests bench

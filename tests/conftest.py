@@ -8,12 +8,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
+from examples import QUICK
 from servers.fixtures import azurite, bucket, ceph, container, directory, hdfs, liar, moto, refuser
 
 __all__ = ["azurite", "bucket", "ceph", "container", "directory", "hdfs", "liar", "moto", "refuser"]
 
 torch.set_num_threads(1)
+settings.register_profile("quick", max_examples=10)
+if QUICK:
+    settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,6 +22,7 @@ from everstep.cli.graph import draw
 from everstep.errors import Conflict, Mismatch, NotFound
 from everstep.format import keys, values
 from everstep.format.layout import Slice, lay_out
+from examples import examples
 
 LAYOUT = lay_out([Slice("one", "uint8", (64,), (0,), (64,), "moving")])
 
@@ -308,7 +309,7 @@ forests = st.integers(1, 40).flatmap(
 
 
 @given(forests, st.integers(0, 9))
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(derandomize=True, deadline=None, max_examples=examples(300))
 def test_any_forest_is_drawn_so_that_it_can_be_read_again(parents: tuple[int | None, ...], seed: int) -> None:
     """Whoever follows the lines of the drawing downwards comes to the parent, and to nothing else."""
     ids = list(range(len(parents)))

@@ -23,6 +23,7 @@ from everstep.format import keys, pack
 from everstep.format.chunk import Encoding
 from everstep.store.memory import MemoryStore
 from everstep.testing.faults import Died, FaultyStore
+from examples import examples
 
 LEAVES = sorted(one.name for one in LAYOUT.slices if one.alias is None)
 
@@ -184,7 +185,7 @@ class Histories(RuleBasedStateMachine):
 
 
 Histories.TestCase.settings = settings(
-    max_examples=60,
+    max_examples=examples(60),
     stateful_step_count=20,
     deadline=None,
     derandomize=True,

@@ -34,6 +34,7 @@ from everstep.format.values import Leaf
 from everstep.store.base import Buffer
 from everstep.store.local import LocalStore
 from everstep.store.memory import MemoryStore
+from examples import examples
 
 GRID_BYTES = 4096
 OWN_BYTES = 10_000
@@ -153,7 +154,7 @@ def two_states(draw: st.DrawFn) -> tuple[State, State]:
     deadline=None,
     derandomize=True,
     database=None,
-    max_examples=120,
+    max_examples=examples(120),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(

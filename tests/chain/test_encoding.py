@@ -27,6 +27,7 @@ from everstep.format.layout import Layout, lay_out
 from everstep.format.manifest import Manifest
 from everstep.store.base import Buffer
 from everstep.store.memory import MemoryStore
+from examples import examples
 
 XOR = Always(Encoding.XOR_SHUFFLE_ZSTD)
 ONE = lay_out([whole("one", "float32", (64 * 1024,))])
@@ -260,7 +261,9 @@ def test_a_base_is_the_chunk_itself_up_to_the_depth_allowed() -> None:
         assert (base.digest == name, len(base.links)) == ((True, 0) if depth < MAX_DEPTH else (False, 3))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=examples(25), deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(
     steps=st.lists(
         st.tuples(

@@ -17,6 +17,7 @@ from everstep.chain.figures import Amount, Figures, element
 from everstep.errors import Unsupported
 from everstep.format import layout
 from everstep.format.layout import item_bytes
+from examples import examples
 
 TORCH = sorted(layout._ITEM_BYTES)
 NUMPY = [
@@ -26,7 +27,7 @@ NUMPY = [
 TEXTS = ["numpy:|S3", "numpy:<U2", "numpy:|S16"]
 NO_TIME = -(1 << 63)
 
-same_every_time = settings(deadline=None, derandomize=True, database=None, max_examples=60)
+same_every_time = settings(deadline=None, derandomize=True, database=None, max_examples=examples(60))
 
 
 def numbers(dtype: str, data: bytes) -> list[Any]:

@@ -15,6 +15,7 @@ from everstep.chain.reader import Reader, Target
 from everstep.format.chunk import Encoding, aligned
 from everstep.format.manifest import Manifest
 from everstep.store.memory import MemoryStore
+from examples import examples
 
 
 def made() -> tuple[MemoryStore, Manifest, bytearray]:
@@ -123,7 +124,7 @@ RANGES = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(ranges=RANGES, damage=st.lists(st.integers(0, len(ARENA) - 1), max_size=4), seed=st.integers(0, 999))
 def test_whatever_is_asked_for_and_damaged_the_bytes_are_the_snapshots(
     ranges: list[tuple[int, int, int]], damage: list[int], seed: int

@@ -29,6 +29,7 @@ from everstep.format.record import HeadRecord, StepRecord
 from everstep.store.base import Store
 from everstep.store.memory import MemoryStore
 from everstep.testing.faults import READS, WRITES, Died, FaultyStore
+from examples import examples
 
 LAST = Keep.parse("last 2")
 
@@ -501,7 +502,7 @@ class World:
         self.mirror = mirror(self.writer, self.inner)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 1 << 32), what=st.lists(st.sampled_from(OPERATIONS), max_size=25))
 def test_whatever_happens_a_replica_is_whole_and_converges(seed: int, what: list[str]) -> None:
     world = World(random.Random(seed))

@@ -19,6 +19,7 @@ from everstep.errors import Damaged, Mismatch, NotFound
 from everstep.format import keys
 from everstep.store.base import Buffer, Entry
 from everstep.store.memory import MemoryStore
+from examples import examples
 
 
 class Counting(MemoryStore):
@@ -100,7 +101,7 @@ def test_what_a_reference_says(text: str, said: Ref) -> None:
 
 
 @given(st.text(alphabet="ab1~@{}:/.stephdmxinlog", max_size=24) | st.text(max_size=12))
-@settings(derandomize=True, deadline=None, max_examples=400)
+@settings(derandomize=True, deadline=None, max_examples=examples(400))
 def test_any_text_says_something_and_parents_add_up(text: str) -> None:
     said = refs.parse(text, "main")
     assert said.back >= 0
@@ -230,7 +231,7 @@ def test_few_reads(chain: Chain, ref: str, most: int) -> None:
 
 
 @given(st.text(max_size=12) | st.from_regex(r"\A[a-z:@{}~0-9]{1,16}\Z"))
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=examples(200))
 def test_any_text_is_a_snapshot_or_one_of_our_errors(text: str) -> None:
     writer = started(MemoryStore())
     taken(writer, [1, 2])

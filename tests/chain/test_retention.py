@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from everstep.chain.retention import Best, Every, Keep, Last, Listed, Rule, Spans, staying
 from everstep.errors import Mismatch
+from examples import examples
 
 NOON = datetime(2024, 5, 6, 12, 0, tzinfo=timezone.utc)  # A Monday.
 NOW = NOON.timestamp()
@@ -212,7 +213,7 @@ def chains(draw: st.DrawFn) -> tuple[dict[str, list[Listed]], dict[str, str]]:
     return lines, tags
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=examples(400), deadline=None, derandomize=True)
 @given(chain=chains(), keep=POLICIES, window_s=st.sampled_from([0.0, 3600.0]))
 def test_pruning_twice_changes_nothing_and_what_must_stay_does(
     chain: tuple[dict[str, list[Listed]], dict[str, str]], keep: Keep, window_s: float
@@ -232,7 +233,7 @@ def test_pruning_twice_changes_nothing_and_what_must_stay_does(
     assert staying(left, keep, tags=tags, now=NOW, window_s=window_s) == found
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=examples(200), deadline=None, derandomize=True)
 @given(chain=chains(), keep=POLICIES)
 def test_more_rules_never_keep_less(
     chain: tuple[dict[str, list[Listed]], dict[str, str]], keep: Keep

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from everstep.chain.trees import ABSENT, FEW, ValueChange, differences, number_of, plain, shown
 from everstep.format.values import Leaf, Scalar, Symbol, encode
+from examples import examples
 
-same_every_time = settings(deadline=None, derandomize=True, database=None, max_examples=150)
+same_every_time = settings(deadline=None, derandomize=True, database=None, max_examples=examples(150))
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.binary(max_size=5)

@@ -35,6 +35,7 @@ from everstep.store.memory import MemoryStore
 from everstep.testing.crash import RecordingFiles, build
 from everstep.testing.crash import states as states_of
 from everstep.testing.faults import Died, FaultyStore
+from examples import examples
 
 STEPS = (10, 20, 30, 40)
 
@@ -643,7 +644,7 @@ def test_a_power_cut_leaves_the_old_or_the_new(tmp_path: Path) -> None:
 @settings(
     derandomize=True,
     deadline=None,
-    max_examples=60,
+    max_examples=examples(60),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_any_history_is_as_a_model_says(actions: list[tuple[str, int, int]]) -> None:

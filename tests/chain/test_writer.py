@@ -39,6 +39,7 @@ from everstep.store.base import Buffer, Store
 from everstep.store.local import LocalStore
 from everstep.store.memory import MemoryStore
 from everstep.testing.faults import FaultyStore
+from examples import examples
 
 
 def packs(store: MemoryStore) -> list[str]:
@@ -256,7 +257,7 @@ def streamed(one: Content, limit_bytes: int) -> Captured:
     return Captured(one.layout, one.encoded_values(), in_waves(one, ranges, bytearray(limit_bytes)))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=examples(40), deadline=None, derandomize=True)
 @given(
     pages=st.integers(4, 30),
     seed=st.integers(0, 3),

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from hypothesis import settings
 
 from everstep.errors import Damaged, Unsupported
+from examples import examples
 
 DEEP = 100_000
 
-same_every_time = settings(deadline=None, derandomize=True, database=None, max_examples=150)
+same_every_time = settings(deadline=None, derandomize=True, database=None, max_examples=examples(150))
 """Property tests are as deterministic as the others."""
 
 

@@ -25,8 +25,9 @@ from everstep.format.record import Origin, SnapshotRecord
 from everstep.keeper import protocol
 from everstep.keeper.base import Job, Outcome, Terms
 from everstep.keeper.protocol import TO_KEEPER, TO_TRAINER, Connection, Message
+from examples import examples
 
-same_every_time = settings(deadline=None, derandomize=True, database=None, max_examples=200)
+same_every_time = settings(deadline=None, derandomize=True, database=None, max_examples=examples(200))
 
 LAYOUT = lay_out(
     [

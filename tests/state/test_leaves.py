@@ -24,6 +24,7 @@ from everstep.format.layout import _ITEM_BYTES, SMALL_BYTES
 from everstep.state import leaves
 from everstep.state.leaves import CPU, DeviceCarrier, HostCarrier
 from everstep.state.tree import Tensorlike, dtype_name
+from examples import examples
 
 SHAPES = [(), (0,), (3, 0, 2), (5,), (7, 11), (SMALL_BYTES + 3,)]
 
@@ -169,7 +170,7 @@ def test_memory_that_is_not_as_it_is_stored(
     assert made.read_bytes == saved.nbytes + 40
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     shape=st.lists(st.integers(1, 12), min_size=1, max_size=4),
     order=st.randoms(use_true_random=False),

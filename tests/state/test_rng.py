@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from everstep.errors import Mismatch, Unsupported
 from everstep.state import rng
+from examples import examples
 
 
 def seed_all(seed: int) -> None:
@@ -182,7 +183,7 @@ def is_plain(value: Any) -> bool:
 
 @pytest.mark.parametrize("kind", GENERATORS)
 @given(seed=st.integers(0, 2**32 - 1), other=st.integers(0, 2**32 - 1), drawn=st.integers(0, 5))
-@settings(max_examples=10, deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(10), deadline=None, derandomize=True, database=None)
 def test_a_generator_goes_on_where_it_was(kind: str, seed: int, other: int, drawn: int) -> None:
     generator = GENERATORS[kind](seed)
     for _ in range(drawn):

@@ -29,6 +29,7 @@ from everstep.store.objects import PART_RETRIES, SINGLE_BYTES, ObjectStore
 from everstep.store.patience import Clock, Patience, tries
 from everstep.store.urls import open_store
 from everstep.testing.store import StoreContract, pattern
+from examples import examples
 
 URL = "s3://bucket/runs/gpt"
 DIGEST = "ab" * 32
@@ -326,7 +327,9 @@ def test_the_memory_is_the_caller_s_again(store: ObjectStore, bucket: Bucket) ->
     assert kept == []
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     fates=st.lists(
         st.sampled_from(

@@ -39,6 +39,7 @@ from everstep.store.shards import (
 from everstep.store.urls import open_store
 from everstep.testing.faults import Died, FaultyStore
 from everstep.testing.store import StoreContract, in_threads, listed, pattern
+from examples import examples
 
 NAME = "packs/ab/" + "ab" * 32
 """A key that is named by a digest, as far as a store can see."""
@@ -163,7 +164,7 @@ sizes = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(shapes, sizes, st.integers(0, 1 << 32))
 def test_any_k_shards_give_the_object_back(shape: Shape, size: int, seed: int) -> None:
     rng = random.Random(seed)
@@ -200,7 +201,7 @@ def test_large_tables_and_their_lengths() -> None:
                     assert size_by_length(shape, header.length) == size
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.binary(max_size=3 * PAGE), st.booleans())
 def test_hostile_headers_and_copies(data: bytes, begins_right: bool) -> None:
     data = b"EVSTSHRD\1\0\4\2\0" + data if begins_right else data

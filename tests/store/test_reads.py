@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from everstep.store import reads
 from everstep.store.reads import read
+from examples import examples
 
 SIZE = 10 * 1024 * 1024 + 4321
 
@@ -179,7 +180,9 @@ def test_neighbours_that_lie_as_the_disk_asks_are_read_with_one_call(
     assert len(calls) == 2, "one more for what is left, by a detour"
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_any_mixture_of_memory(file: Path, data: st.DataObject) -> None:
     """Buffers that can be read straight into, ones that cannot, and empty ones; up to and over the end."""
