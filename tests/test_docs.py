@@ -124,7 +124,7 @@ def masked(text: str) -> list[str]:
     """The lines of an output without what differs from run to run: digits, ids, units, and spaces."""
     text = re.sub(r"\b[0-9a-f]{6,}\b", "#", text)
     text = re.sub(r"-?\d[\d.,:]*(e-?\d+)?", "#", text)
-    text = re.sub(r"# (s|min|h|d|B|kB|MB|GB)\b", "# _", text)
+    text = re.sub(r"# (s|min|h|d|B|kB|MB|GB|TB)\b", "# _", text)
     lines = [re.sub(r"\s+", " ", line).strip() for line in text.splitlines()]
     return [line for line in lines if "no snapshot at step" not in line and line]
 
