@@ -17,6 +17,8 @@ from everstep.chain.writer import Captured, Facts, Writer
 from everstep.format import keys, values
 from everstep.format.layout import Slice, lay_out
 
+pytestmark = pytest.mark.slow
+
 LAYOUT = lay_out([Slice("w", "float32", (500_000,), (0,), (500_000,))])
 
 

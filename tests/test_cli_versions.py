@@ -24,6 +24,8 @@ from everstep.format import keys, values
 from everstep.format.layout import Slice, lay_out
 from examples import examples
 
+pytestmark = pytest.mark.slow
+
 LAYOUT = lay_out([Slice("one", "uint8", (64,), (0,), (64,), "moving")])
 
 

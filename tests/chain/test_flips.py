@@ -44,6 +44,8 @@ from everstep.store.base import is_key
 from everstep.store.local import LocalStore
 from everstep.store.memory import MemoryStore
 
+pytestmark = pytest.mark.slow
+
 FLIPS = 1000
 MEMORY = Path("/dev/shm")
 """A directory in memory, where there is such."""

@@ -33,6 +33,8 @@ from everstep.store.shards import Shape
 from everstep.testing.damage import HOW, damage, damage_some, files_of
 from everstep.testing.faults import Died, FaultyStore
 
+pytestmark = pytest.mark.slow
+
 SEEDS = 30
 """Rounds of some six damages each; `bench/repair.py` does a thousand of them."""
 

@@ -283,6 +283,7 @@ COLLIDING: dict[str, Callable[[int], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COLLIDING)
 def test_keys_made_to_collide_take_no_time(kind: str) -> None:
     """A dict looks through all keys of one hash: a few megabytes of them would take hours."""

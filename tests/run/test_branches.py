@@ -24,6 +24,8 @@ from everstep.run.settings import Settings
 from everstep.store.memory import MemoryStore
 from training import Training, end_of, flip, in_a_process
 
+pytestmark = pytest.mark.slow
+
 UNTIL = 17
 
 

@@ -11,6 +11,8 @@ from everstep.chain.history import Chain
 from everstep.events import Parted, Repeated, Resumed
 from training import Noisy, Training, end_of, in_a_process
 
+pytestmark = pytest.mark.slow
+
 UNTIL = 17
 
 VARIANTS = {

@@ -21,6 +21,8 @@ from everstep.keeper.base import Held
 from everstep.run.resume import Resumption, bring_back
 from everstep.store.local import LocalStore
 
+pytestmark = pytest.mark.slow
+
 
 class Counting(LocalStore):
     """Counts the bytes that are read into buffers."""

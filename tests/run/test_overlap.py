@@ -18,6 +18,8 @@ from everstep.run.settings import Settings
 from everstep.state import capture
 from everstep.store.memory import MemoryStore
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 600  # Its weight is more than a mebibyte, so both ways to copy are taken.
 
 

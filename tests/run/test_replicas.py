@@ -30,6 +30,8 @@ from everstep.testing.faults import FaultyStore
 from servers.running import S3
 from training import Training, end_of, flip
 
+pytestmark = pytest.mark.slow
+
 Bucket = Callable[[S3], str]
 
 SOURCE = Path(__file__).resolve().parents[2]

@@ -20,6 +20,8 @@ from everstep.format.record import ChainRecord
 from everstep.store.memory import MemoryStore
 from training import Training, end_of, flip, in_a_process
 
+pytestmark = pytest.mark.slow
+
 
 def files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}

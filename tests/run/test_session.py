@@ -26,6 +26,8 @@ from everstep.run.settings import Settings
 from everstep.store.memory import MemoryStore
 from training import Training
 
+pytestmark = pytest.mark.slow
+
 # -- taking snapshots --------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,8 @@ from everstep.state.devices import PageLock
 from everstep.state.streams import Side
 from everstep.store.memory import MemoryStore
 
+pytestmark = pytest.mark.slow
+
 ORDERS: list[tuple[Order, int]] = [
     ("computing first", 0),
     ("copies first", 0),

@@ -34,6 +34,7 @@ class TestLocalStore(StoreContract):
         return LocalStore(tmp_path / "chain")
 
 
+@pytest.mark.slow
 class TestLocalStoreWithoutDirectWrites(StoreContract):
     """On a file system that refuses O_DIRECT, as many do."""
 
@@ -44,6 +45,7 @@ class TestLocalStoreWithoutDirectWrites(StoreContract):
 
 
 @pytest.mark.skipif(not os.access(SHARED_MEMORY, os.W_OK), reason="there is no /dev/shm to write to")
+@pytest.mark.slow
 class TestLocalStoreInSharedMemory(StoreContract):
     @pytest.fixture
     def store(self) -> Iterator[Store]:

@@ -100,12 +100,14 @@ def no_waiting() -> Clock:
 # -- the contract ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 class TestOverDirectories(StoreContract):
     @pytest.fixture
     def store(self, tmp_path: Path) -> Store:
         return open_store("parity:2+1:" + ",".join(str(tmp_path / str(number)) for number in range(3)))
 
 
+@pytest.mark.slow
 class TestWithMembersAway(StoreContract):
     """As many as may be."""
 
@@ -114,6 +116,7 @@ class TestWithMembersAway(StoreContract):
         return over(memories(), away=(0, 3))
 
 
+@pytest.mark.slow
 class TestInShards(StoreContract):
     """Every object is cut, whatever its name and size: all but the exclusive creation holds for these too."""
 
