@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from everstep.chain.history import Chain
+from everstep.chain.replicas import address_of
 from everstep.chain.steplog import state_directory
 from everstep.errors import Unavailable
 from everstep.format.chunk import digest
@@ -22,11 +23,12 @@ MAX_BYTES = 64 * 1024
 
 class Checks(msgspec.Struct, omit_defaults=True):
     """`subsets`: by the number of parts, which was read last. `scrubbed`: the last pack of a scrub under way;
-    `passes`: how many have come to their end."""
+    `passes`: how many have come to their end; `passed_at`: when the last did, in seconds since 1970."""
 
     subsets: dict[str, int] = {}
     scrubbed: str = ""
     passes: int = 0
+    passed_at: float = 0.0
 
 
 class Memory:
@@ -38,7 +40,9 @@ class Memory:
             place = state_directory() / chain.about.chain
         except RuntimeError as error:
             raise self._failed(error) from error
-        self._path = place / f"checks-{digest(os.path.realpath(chain.url).encode())[:16]}.json"
+        # The same in any directory: what looks at a chain may be in another than the user.
+        where = address_of(chain.store) or chain.url
+        self._path = place / f"checks-{digest(where.encode())[:16]}.json"
 
     def load(self) -> Checks:
         """What was saved last; the beginning where that cannot be read."""
