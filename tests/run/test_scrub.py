@@ -77,15 +77,15 @@ def test_a_run_is_told_of_damage_while_it_trains(
     path.chmod(0o600)
     path.write_bytes(data)
     second = Training(repo, scrub="1GB/s")
-    wait_until(lambda: second.told() != [], "it is told")
+    assert wait_until(lambda: second.told() != [])
     second.steps(2)
-    wait_until(lambda: Memory(chain).load().passes == 1, "the pass is over")
+    assert wait_until(lambda: Memory(chain).load().passes == 1)
     second.run.close()
     (told,) = second.told()
     assert key in told
     assert told.endswith(f"everstep -r {repo} repair")
     assert next(chain.snapshots()).step == 5
-    wait_until(lambda: keepers(tmp_path) == [], "the keeper has left")
+    assert wait_until(lambda: keepers(tmp_path) == [])
 
 
 def test_rates_of_a_scrub() -> None:
