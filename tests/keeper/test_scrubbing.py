@@ -21,6 +21,7 @@ from everstep.keeper.scrubbing import (
     FIRST_PAUSE_S,
     LONGEST_PAUSE_S,
     MAX_TOLD,
+    OTHER_S,
     REST_S,
     Scrubber,
     Scrubbing,
@@ -123,6 +124,18 @@ def test_a_day_lies_between_two_passes_whoever_made_the_last() -> None:
     assert stage.passes == 2
 
 
+def test_of_two_keepers_on_a_machine_one_scrubs() -> None:
+    stage = Scrubbed(MemoryStore())
+    with Memory(stage.chain).alone() as alone:
+        assert alone
+        assert stage.scrubber.once() == OTHER_S
+        assert (stage.passes, stage.now) == (0, 0.0)
+    assert stage.scrubber.once() == REST_S
+    assert stage.passes == 1
+    with Memory(stage.chain).alone() as alone:
+        assert alone, "it has let go"
+
+
 def test_a_wall_clock_that_was_set_back_does_not_put_it_off_for_years() -> None:
     stage = Scrubbed(MemoryStore())
     Memory(stage.chain).save(Checks(passes=4, passed_at=9e9))
@@ -198,6 +211,15 @@ def test_a_store_that_is_away_is_tried_later_and_later_and_told_of_once() -> Non
     store.away = ""
     assert stage.scrubber.once() == REST_S
     assert len(stage.warnings) == 1
+
+
+def test_where_nothing_can_be_remembered_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Scrubbed(MemoryStore(), steps=1)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    assert stage.scrubber.once() == FIRST_PAUSE_S
+    (told,) = stage.warnings
+    assert "cannot be kept" in told
 
 
 def test_a_flaw_of_a_parity_set_is_found() -> None:

@@ -6,8 +6,11 @@ begins at the beginning.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -61,6 +64,35 @@ class Memory:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             fresh.write_bytes(msgspec.json.encode(checks))
             os.replace(fresh, self._path)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Whether nobody else of this machine is at this, as long as it lasts: runs that write branches of
+        one chain have a keeper each. Raises Unavailable."""
+        descriptor, taken = self._taken()
+        try:
+            yield taken
+        finally:
+            # Not by closing alone: a child that was forked meanwhile has the descriptor too.
+            if taken:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+
+    def _taken(self) -> tuple[int, bool]:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            descriptor = os.open(self._path.with_suffix(".lock"), flags, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor, True
+            except BlockingIOError:
+                return descriptor, False
+            except BaseException:
+                os.close(descriptor)
+                raise
         except OSError as error:
             raise self._failed(error) from error
 

@@ -26,6 +26,9 @@ FIRST_PAUSE_S = 60.0
 LONGEST_PAUSE_S = 3600.0
 """A pass that has failed is gone on with after a pause, which doubles."""
 
+OTHER_S = 60.0
+"""Where another keeper of this machine scrubs the chain, that may end at any time."""
+
 MAX_TOLD = 10
 """Where a whole disk has gone bad, the first findings say it."""
 
@@ -68,17 +71,18 @@ class Scrubber:
         later there may be something to do again. Raises only `Stopped`."""
         try:
             memory = Memory(self._chain)
-            rest_s = self._rest_s(memory.load())
-            if rest_s > 0:
-                return rest_s
-            report = scrub(
-                self._chain,
-                self._bytes_per_s,
-                memory,
-                clock=self._clock,
-                on_found=self._found,
-                wall=self._wall,
-            )
+            with memory.alone() as alone:
+                rest_s = self._rest_s(memory.load()) if alone else OTHER_S
+                if rest_s > 0:
+                    return rest_s
+                report = scrub(
+                    self._chain,
+                    self._bytes_per_s,
+                    memory,
+                    clock=self._clock,
+                    on_found=self._found,
+                    wall=self._wall,
+                )
         except Stopped:
             raise
         except Exception as error:
