@@ -20,6 +20,9 @@ from everstep.events import Event, Warned
 from everstep.format import keys
 from everstep.run.session import Run
 from everstep.run.settings import Settings
+from everstep.store.base import Store
+from everstep.store.parity import ParityStore
+from servers.fixtures import Bucket
 
 
 @pytest.fixture(autouse=True)
@@ -57,12 +60,27 @@ class Training:
         return [str(event) for event in self.events if isinstance(event, Warned)]
 
 
+@pytest.fixture(params=["disk", "parity", "bucket"])
+def repo(request: pytest.FixtureRequest, tmp_path: Path, bucket: Bucket) -> str:
+    if request.param == "bucket":
+        return f"{bucket(request.getfixturevalue('moto'))}/run"
+    return {"disk": "{}/chain", "parity": "parity:2+1:{0}/a,{0}/b,{0}/c"}[request.param].format(tmp_path)
+
+
+def damage(store: Store, key: str) -> None:
+    if isinstance(store, ParityStore):
+        damage(store.members[1], f"shards/{key}")
+        return
+    data = bytearray(store.get(key))
+    data[5000] ^= 1
+    store.delete(key)
+    assert store.put(key, [bytes(data)])
+
+
 @pytest.mark.process
-@pytest.mark.parametrize("form", ["{}/chain", "parity:2+1:{0}/a,{0}/b,{0}/c"], ids=["disk", "parity"])
 def test_a_run_is_told_of_damage_while_it_trains(
-    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    repo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    repo = form.format(tmp_path)
     monkeypatch.setenv("EVERSTEP_KEEPER", "process")
     first = Training(repo)
     first.steps(3)
@@ -71,11 +89,7 @@ def test_a_run_is_told_of_damage_while_it_trains(
     oldest = list(chain.snapshots())[-1]
     # What only the oldest snapshot needs: the run itself goes on.
     key = keys.pack(chain.manifest(oldest).places[0].pack)
-    (path, *_) = [path for path in tmp_path.rglob(key.rpartition("/")[2] + "*") if path.stat().st_size > 9000]
-    data = bytearray(path.read_bytes())
-    data[5000] ^= 1
-    path.chmod(0o600)
-    path.write_bytes(data)
+    damage(chain.store, key)
     second = Training(repo, scrub="1GB/s")
     assert wait_until(lambda: second.told() != [])
     second.steps(2)
