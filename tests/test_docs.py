@@ -862,6 +862,7 @@ def test_variables_are_documented(path: Path) -> None:
             "keeper": "thread",
             "unsafe_single_writer": "1",
             "replica_wait": "5",
+            "scrub": "20MB/s",
         }.get(name, "all")
         changed = Settings("a").overridden({variable: value})
         assert getattr(changed, name) != getattr(Settings("a"), name), f"{variable} changes nothing"

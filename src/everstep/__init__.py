@@ -65,6 +65,7 @@ def open(
     start: str = "",
     unsafe_single_writer: bool = False,
     replicas: Sequence[str | PathLike[str] | Store] | str = (),
+    scrub: str | None = None,
     **objects: object,
 ) -> Run:
     """Open a run: the first time it starts, every other time it goes on where it stopped, exactly.
@@ -103,6 +104,8 @@ def open(
         replicas: where copies of the chain are kept, directories or URLs: `["s3://bucket/runs/gpt"]`. Each
             follows by itself, without holding anything up, and is a whole chain at every moment. Where `repo`
             is lost or behind, the run goes on from the newest snapshot of them all.
+        scrub: read the chain again at this rate, such as `"20MB/s"`, while there is nothing to be stored, and
+            tell what is damaged; a day after each pass comes the next. Nothing is repaired by it.
         **objects: everything the next step depends on, by name: modules, optimizers, schedulers, scalers,
             anything with `state_dict` and `load_state_dict`, random generators, dicts, lists and plain values
             (found again in `run.values`). The global random generators are kept without being named.
@@ -138,6 +141,7 @@ def open(
         start,
         unsafe_single_writer,
         replicas if isinstance(replicas, str) else [_plain(one) for one in replicas],
+        scrub,
     ).overridden()
     return Run(chosen, objects, data, config=config, chains=Chain)
 

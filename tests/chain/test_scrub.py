@@ -177,12 +177,54 @@ def test_a_scrub_that_was_interrupted_goes_on() -> None:
     first, *_, last = [entry.key for entry in store.list(keys.PACKS)]
     flipped(store, last, 5)
     flipped(store, first, 5)
-    report = scrub(chain, rate, memory, clock=time.clock)
+    report = scrub(chain, rate, memory, clock=time.clock, wall=lambda: 5.0)
     assert [one.key for one in report.findings] == [last]
     assert 0.2 * total < report.left_bytes < 0.6 * total
-    assert memory.load() == Checks(passes=1)
+    assert memory.load() == Checks(passes=1, passed_at=5.0)
     assert {one.key for one in scrub(chain, rate, memory, clock=time.clock).findings} == {first, last}
-    assert memory.load() == Checks(passes=2)
+    assert memory.load().passes == 2
+
+
+def test_a_scrub_that_was_interrupted_finds_again_what_it_found() -> None:
+    store, time = Counting(), Time()
+    chain = chain_of(store)
+    first, *_ = [entry.key for entry in store.list(keys.PACKS)]
+    flipped(store, first, 5)
+    total = sum(entry.size_bytes for entry in store.list(keys.PACKS))
+    memory, rate = Memory(chain), total / (SAVED_EVERY_S * 20)
+    store.read_bytes, store.until = 0, total * 3 // 4
+    with pytest.raises(KeyboardInterrupt):
+        scrub(chain, rate, memory, clock=time.clock)
+    store.until = None
+    assert [one.key for one in scrub(chain, rate, memory, clock=time.clock).findings] == [first]
+
+
+def test_what_a_verify_notes_beside_a_scrub_stays() -> None:
+    store, time = Counting(), Time()
+    chain = chain_of(store)
+    memory = Memory(chain)
+
+    def note(done: int, total: int) -> None:
+        memory.save(Checks({"20": 3}, memory.load().scrubbed))
+
+    scrub(chain, 1e6, memory, note, time.clock)
+    assert memory.load().subsets == {"20": 3}
+
+
+def test_it_is_remembered_by_where_the_chain_is_not_by_where_one_looks_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Chain.create("chain", 4096)
+    Memory(Chain("chain")).save(Checks(passes=1))
+    monkeypatch.chdir("/")
+    assert Memory(Chain(tmp_path / "chain")).load().passes == 1
+    places = [f"{tmp_path}/{name}" for name in "abc"]
+    url = f"parity:2+1:{','.join(places)}"
+    Chain.create(url, 4096)
+    Memory(Chain(url)).save(Checks(passes=2))
+    monkeypatch.chdir(tmp_path)
+    assert Memory(Chain(url)).load().passes == 2
 
 
 def test_a_scrub_looks_at_parity_too() -> None:

@@ -6,13 +6,17 @@ begins at the beginning.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
 from everstep.chain.history import Chain
+from everstep.chain.replicas import address_of
 from everstep.chain.steplog import state_directory
 from everstep.errors import Unavailable
 from everstep.format.chunk import digest
@@ -22,11 +26,12 @@ MAX_BYTES = 64 * 1024
 
 class Checks(msgspec.Struct, omit_defaults=True):
     """`subsets`: by the number of parts, which was read last. `scrubbed`: the last pack of a scrub under way;
-    `passes`: how many have come to their end."""
+    `passes`: how many have come to their end; `passed_at`: when the last did, in seconds since 1970."""
 
     subsets: dict[str, int] = {}
     scrubbed: str = ""
     passes: int = 0
+    passed_at: float = 0.0
 
 
 class Memory:
@@ -38,7 +43,9 @@ class Memory:
             place = state_directory() / chain.about.chain
         except RuntimeError as error:
             raise self._failed(error) from error
-        self._path = place / f"checks-{digest(os.path.realpath(chain.url).encode())[:16]}.json"
+        # The same in any directory: what looks at a chain may be in another than the user.
+        where = address_of(chain.store) or chain.url
+        self._path = place / f"checks-{digest(where.encode())[:16]}.json"
 
     def load(self) -> Checks:
         """What was saved last; the beginning where that cannot be read."""
@@ -57,6 +64,35 @@ class Memory:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             fresh.write_bytes(msgspec.json.encode(checks))
             os.replace(fresh, self._path)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Whether nobody else of this machine is at this, as long as it lasts: runs that write branches of
+        one chain have a keeper each. Raises Unavailable."""
+        descriptor, taken = self._taken()
+        try:
+            yield taken
+        finally:
+            # Not by closing alone: a child that was forked meanwhile has the descriptor too.
+            if taken:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+
+    def _taken(self) -> tuple[int, bool]:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            descriptor = os.open(self._path.with_suffix(".lock"), flags, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor, True
+            except BlockingIOError:
+                return descriptor, False
+            except BaseException:
+                os.close(descriptor)
+                raise
         except OSError as error:
             raise self._failed(error) from error
 

@@ -3,10 +3,11 @@ interrupted is gone on with."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from everstep.chain.history import Chain
-from everstep.chain.remembering import Checks, Memory
+from everstep.chain.remembering import Memory
 from everstep.chain.verify import Report, verify
 from everstep.store.base import Buffer, Entry, Redundant, Store
 from everstep.store.patience import Clock
@@ -85,30 +86,50 @@ def scrub(
     memory: Memory,
     on_progress: Callable[[int, int], None] | None = None,
     clock: Clock | None = None,
+    on_found: Callable[[str, str], None] | None = None,
+    wall: Callable[[], float] = time.time,
 ) -> Report:
     """Verify a chain at `bytes_per_s`, from where the last scrub was interrupted to the end. Changes nothing
     but what is remembered.
 
-    Records and manifests are read each time; of packs those that an interrupted scrub has read are left out,
-    but for their footers.
+    Records and manifests are read each time; of packs those that an interrupted scrub has read and found good
+    are left out, but for their footers.
+
+    Args:
+        on_progress, on_found: see `verify`.
+        clock: sleeps after each read.
+        wall: seconds since 1970.
 
     Raises:
         Unavailable: the store does not answer, or what was read cannot be remembered.
     """
     clock = clock or Clock()
-    known = memory.load()
-    cursor = _Cursor(known, memory, clock)
+    cursor = _Cursor(memory, clock)
     slow = Chain(paced(chain.store, bytes_per_s, clock))
-    report = verify(slow, on_progress, cursor.wants)
-    memory.save(Checks(known.subsets, "", known.passes + 1))
+
+    def found(key: str, problem: str) -> None:
+        cursor.stays = True
+        if on_found is not None:
+            on_found(key, problem)
+
+    report = verify(slow, on_progress, cursor.wants, found)
+    known = memory.load()
+    known.scrubbed, known.passes, known.passed_at = "", known.passes + 1, wall()
+    memory.save(known)
     return report
 
 
 class _Cursor:
-    """Packs come in the order of their names; one is done when the next is begun."""
+    """Packs come in the order of their names; one is done when the next is begun.
 
-    def __init__(self, known: Checks, memory: Memory, clock: Clock) -> None:
-        self._known = known
+    Attributes:
+        stays: something was found, which only the report of a scrub that comes to its end says: one that is
+            interrupted is to find it again.
+    """
+
+    def __init__(self, memory: Memory, clock: Clock) -> None:
+        self.stays = False
+        self._began_at = memory.load().scrubbed
         self._memory = memory
         self._clock = clock
         self._at = ""
@@ -117,7 +138,10 @@ class _Cursor:
     def wants(self, pack: str, chunk: str) -> bool:
         if pack > self._at:
             done, self._at = self._at, pack
-            if done > self._known.scrubbed and self._clock.now() - self._saved_at >= SAVED_EVERY_S:
-                self._saved_at = self._clock.now()
-                self._memory.save(Checks(self._known.subsets, done, self._known.passes))
-        return pack > self._known.scrubbed
+            now = self._clock.now()
+            if done > self._began_at and not self.stays and now - self._saved_at >= SAVED_EVERY_S:
+                self._saved_at = now
+                known = self._memory.load()  # A verify may have noted something meanwhile.
+                known.scrubbed = done
+                self._memory.save(known)
+        return pack > self._began_at

@@ -72,6 +72,7 @@ def verify(
     chain: Chain,
     on_progress: Callable[[int, int], None] | None = None,
     wants: Callable[[str, str], bool] | None = None,
+    on_found: Callable[[str, str], None] | None = None,
 ) -> Report:
     """Check everything in a chain; changes nothing and raises nothing for damage: it reports it.
 
@@ -83,11 +84,13 @@ def verify(
         on_progress: called with (bytes done, bytes in all) after each object.
         wants: given the name of a pack and the digest of a chunk in it, says whether its bytes are to be
             read; all are, unless given. Records, manifests and the footers of packs always are.
+        on_found: called at once with the key of an object with which something is wrong, and what, once each.
+            An object that is pruned meanwhile may be among them; the report leaves it out.
 
     Raises:
         Unavailable: the store does not answer.
     """
-    return _Verifier(chain, on_progress or (lambda done, total: None), wants).run()
+    return _Verifier(chain, on_progress or (lambda done, total: None), wants, on_found).run()
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,11 @@ class _Verifier:
         chain: Chain,
         on_progress: Callable[[int, int], None],
         wants: Callable[[str, str], bool] | None,
+        on_found: Callable[[str, str], None] | None,
     ) -> None:
         self.chain = chain
         self.wants = wants
+        self.on_found = on_found or (lambda key, problem: None)
         self.reader = Reader(chain.store)
         self.on_progress = on_progress
         self.report = Report()
@@ -175,7 +180,9 @@ class _Verifier:
         return self.report
 
     def _problem(self, key: str, problem: str) -> None:
-        self.problems.setdefault(key, problem)
+        if key not in self.problems:
+            self.problems[key] = problem
+            self.on_found(key, problem)
 
     def _bad(self, name: str, chunk: str) -> None:
         self.bad_chunks.setdefault(name, set()).add(chunk)
@@ -206,6 +213,7 @@ class _Verifier:
             flaws = store.flaws(key)
             if flaws:
                 self.flaws[key] = "; ".join(flaws)
+                self.on_found(key, self.flaws[key])
 
     def _get(self, entry: Entry, limit: int) -> Buffer:
         """An object's bytes, one more than allowed at most: a hostile store may claim any size."""

@@ -288,10 +288,10 @@ def scrub(
 
 def _rate(text: str) -> float:
     """Bytes a second."""
-    from everstep.run.settings import size_in_bytes
+    from everstep.run.settings import rate_in_bytes
 
     try:
-        found = size_in_bytes(text.removesuffix("/s"))
+        found = rate_in_bytes(text)
     except EverstepError:
         found = 0
     if not found:

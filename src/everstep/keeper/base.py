@@ -231,7 +231,7 @@ class Terms:
     one follows on and may share chunks with ("" for none), `keep` says which snapshots of the branch stay
     (`chain.retention`). `fresh`: no chunk of the parent is to be relied on, for it had to be read from a
     replica. `replicas` are the names and addresses of those that follow; a keeper in the run's own process is
-    given their stores."""
+    given their stores. `scrub_bytes_per_s`: how fast the chain is scrubbed beside the run; 0: it is not."""
 
     branch: str
     lease: int
@@ -239,6 +239,7 @@ class Terms:
     keep: str
     fresh: bool = False
     replicas: tuple[tuple[str, str], ...] = ()
+    scrub_bytes_per_s: int = 0
 
 
 @dataclass(eq=False)

@@ -17,6 +17,7 @@ from everstep.errors import Damaged, EverstepError, NotFound, Unavailable
 from everstep.keeper.arena import Arena
 from everstep.keeper.base import Job, Outcome, Terms
 from everstep.keeper.following import Following
+from everstep.keeper.scrubbing import Scrubbing
 
 ARRIVING, WAITING, STORING, TIDYING = "arriving", "waiting", "storing", "tidying"
 """What becomes of a job, one after the other (a job may be stored while it arrives)."""
@@ -134,14 +135,21 @@ class Keeping:
         terms: the run's.
         warn: is told, a sentence each, what failed and did no harm.
         following: the replicas, which are told of what is new, and may tell that the run must stop.
+        scrubbing: what reads the chain meanwhile, and waits while there is something to do.
     """
 
     def __init__(
-        self, chain: Chain, terms: Terms, warn: Callable[[str], None], following: Following | None = None
+        self,
+        chain: Chain,
+        terms: Terms,
+        warn: Callable[[str], None],
+        following: Following | None = None,
+        scrubbing: Scrubbing | None = None,
     ) -> None:
         self.chain = chain
         self._warn = warn
         self._following = following
+        self._scrubbing = scrubbing
         self._keep = prune.Keep.parse(terms.keep)
         self._census = Census(chain)
         self._lease = Lease(chain.store, terms.lease, terms.branch)
@@ -165,6 +173,7 @@ class Keeping:
         given.phase = STORING
         snapshot: Snapshot | None = None
         error: BaseException | None = None
+        self._busy(True)
         try:
             self._refuse_fenced()
             snapshot = self._writer.write(given.captured(), job.facts)
@@ -173,6 +182,7 @@ class Keeping:
         except BaseException as raised:
             error = raised
         finally:
+            self._busy(False)
             if self._following is not None:
                 self._following.storing(False)
         durable_ms = since_ms(job.facts.begun)
@@ -183,6 +193,10 @@ class Keeping:
             if self._following.fenced is not None:
                 raise self._following.fenced
             self._following.storing(True)
+
+    def _busy(self, begins: bool) -> None:
+        if self._scrubbing is not None:
+            self._scrubbing.storing(begins)
 
     def stored_before(self, facts: Facts) -> Snapshot | None:
         """The branch's head, if it is just this snapshot: a keeper of the same run has stored it, and was
@@ -201,9 +215,11 @@ class Keeping:
     def tidy(self, journals: Sequence[EndedJournal]) -> None:
         """After a commit: seal the records up to it, drop what is not to stay of this branch. A failure is
         told, and the snapshot stands. Then the replicas follow."""
+        self._busy(True)
         try:
             self._tidy(journals)
         finally:
+            self._busy(False)
             if self._following is not None:
                 self._following.news()
 

@@ -43,7 +43,7 @@ from everstep.keeper.arena import MAX_ARENA_BYTES
 from everstep.keeper.base import Followed, Outcome, Terms
 from everstep.version import __version__
 
-PROTOCOL = 3
+PROTOCOL = 4
 VERSION = f"{__version__}/{PROTOCOL}"
 """Both sides must be of the same: a keeper also writes the chain as its version does."""
 
@@ -145,13 +145,14 @@ class Begin(Message, tag="begin", frozen=True):
     keep: Short
     fresh: bool = False
     replicas: Annotated[tuple[tuple[Short, Short], ...], msgspec.Meta(max_length=MAX_REPLICAS)] = ()
+    scrub_bytes_per_s: Number = 0
 
     @classmethod
     def under(cls, terms: Terms) -> Begin:
-        return cls(terms.branch, terms.lease, terms.parent, terms.keep, terms.fresh, terms.replicas)
+        return cls(**{name: getattr(terms, name) for name in cls.__struct_fields__})
 
     def terms(self) -> Terms:
-        return Terms(self.branch, self.lease, self.parent, self.keep, self.fresh, self.replicas)
+        return Terms(**{name: getattr(self, name) for name in self.__struct_fields__})
 
 
 class Prepare(Message, tag="prepare", frozen=True):

@@ -11,6 +11,7 @@ from everstep.keeper.arena import Arena
 from everstep.keeper.base import ARENAS, Followed, Held, Job, Outcome, Terms
 from everstep.keeper.following import Following, Target
 from everstep.keeper.keeping import TIDYING, Given, Keeping
+from everstep.keeper.scrubbing import Scrubbing
 from everstep.store.base import Store
 
 
@@ -38,6 +39,7 @@ class ThreadKeeper:
         self._replicas = replicas
         self._on_followed = on_followed
         self._following: Following | None = None
+        self._scrubbing: Scrubbing | None = None
         self._chain = chain
         self._on_outcome = on_outcome
         self._warn = warn
@@ -59,7 +61,9 @@ class ThreadKeeper:
             self._following = Following(
                 self._chain, terms.branch, terms.lease, terms.keep, targets, self._on_followed, self._warn
             )
-        self._keeping = Keeping(self._chain, terms, self._warn, self._following)
+        if terms.scrub_bytes_per_s:
+            self._scrubbing = Scrubbing(self._chain, terms.scrub_bytes_per_s, self._warn)
+        self._keeping = Keeping(self._chain, terms, self._warn, self._following, self._scrubbing)
         self._thread = threading.Thread(target=self._work, name="everstep-keeper", daemon=True)
         self._thread.start()
 
@@ -119,6 +123,8 @@ class ThreadKeeper:
             return self._changed.wait_for(lambda: not self._open, timeout)
 
     def close(self) -> None:
+        if self._scrubbing is not None:
+            self._scrubbing.stop()
         self.wait()
         self._given.put(None)
         if self._thread is not None:

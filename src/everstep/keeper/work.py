@@ -19,6 +19,7 @@ from everstep.keeper.base import Job, Outcome, Terms
 from everstep.keeper.following import Following, Target
 from everstep.keeper.keeping import TIDYING, Given, Keeping
 from everstep.keeper.protocol import Message
+from everstep.keeper.scrubbing import Scrubbing
 from everstep.store.urls import open_store
 
 MAX_ARENAS = 64
@@ -72,6 +73,8 @@ class Work:
         self._keeping: Keeping | None = None
         self.following = self._follow(after) if terms.replicas else None
         """The replicas, as long as there is something for them."""
+        rate = terms.scrub_bytes_per_s
+        self._scrubbing = Scrubbing(chain, rate, self._warn) if rate else None
         self._layout: Layout | None = None
         self._arenas: dict[int, Arena] = {}
         self._jobs: dict[int, _Held] = {}
@@ -274,7 +277,7 @@ class Work:
 
     def _kept(self) -> Keeping:
         if self._keeping is None:
-            self._keeping = Keeping(self._chain, self._terms, self._warn, self.following)
+            self._keeping = Keeping(self._chain, self._terms, self._warn, self.following, self._scrubbing)
         return self._keeping
 
     def _outcome(self, held: _Held) -> Outcome:
@@ -312,6 +315,8 @@ class Work:
         """The trainer is gone: what it handed over is finished, what it did not is not."""
         with self._lock:
             self._orphaned = True
+        if self._scrubbing is not None:
+            self._scrubbing.stop()  # There is nobody to be told.
         for held in list(self._jobs.values()):
             if not held.given.ended:
                 held.given.drop()

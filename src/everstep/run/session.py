@@ -214,7 +214,9 @@ class Run:
             self._emit(Started(self.chain.url, why))
         parent = "" if back is None or self._origin is not None else back.snapshot.id
         fresh = back is not None and back.got_round
-        self._keeper.begin(Terms(branch, self._lease.number, parent, settings.keep, fresh))
+        rate = settings.scrub_bytes_per_s
+        terms = Terms(branch, self._lease.number, parent, settings.keep, fresh, scrub_bytes_per_s=rate)
+        self._keeper.begin(terms)
         for name, optimizer in optimizers(self._objects).items():
             self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._taking.fence()))
             self._hooks.append(

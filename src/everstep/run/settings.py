@@ -39,6 +39,7 @@ class Settings:
     start: str = ""
     unsafe_single_writer: bool = False
     replicas: Sequence[str | Store] | str = ()
+    scrub: str | None = None
     replica_wait: float = 60.0
     """For so many seconds `close` waits for replicas; only the environment says so."""
     keeper: str = "process"
@@ -53,7 +54,7 @@ class Settings:
             Mismatch: a setting is not understood; nothing was touched.
         """
         found = os.environ if environment is None else environment
-        names = ("repo", "every", "keep", "resume", "branch", "max_arena_bytes", "start", "keeper")
+        names = ("repo", "every", "keep", "resume", "branch", "max_arena_bytes", "start", "scrub", "keeper")
         changes: dict[str, object] = {
             name: found[f"EVERSTEP_{name.upper()}"] for name in names if found.get(f"EVERSTEP_{name.upper()}")
         }
@@ -85,6 +86,7 @@ class Settings:
         Keep.parse(self.keep)
         checked(self.branch, "branch")
         self._asked_bytes()
+        _ = self.scrub_bytes_per_s
         if self.start and self.resume not in ("auto", "must", "never"):
             raise Mismatch(
                 f"start={self.start!r} and resume={self.resume!r} both name a snapshot",
@@ -104,6 +106,11 @@ class Settings:
         if not isinstance(self.replicas, str):
             return tuple(self.replicas)
         return tuple(one.strip() for one in self.replicas.split(",") if one.strip())
+
+    @property
+    def scrub_bytes_per_s(self) -> int:
+        """0: the keeper does not scrub."""
+        return 0 if self.scrub is None else rate_in_bytes(self.scrub)
 
     def arena_limit_bytes(self) -> int:
         """What all arenas together may take: where nothing was asked for, most of the memory that is free
@@ -179,3 +186,17 @@ def size_in_bytes(text: str) -> int:
     if not match or unit not in _UNITS:
         raise Mismatch(f"{text!r} is no size", kept="nothing was touched", next="max_arena_bytes='20GB'")
     return int(float(match[1]) * _UNITS[unit])
+
+
+MAX_RATE = 10**12
+"""Bytes a second; faster is as good as unbounded."""
+
+
+def rate_in_bytes(text: str) -> int:
+    """From `"20MB/s"`, per second. Raises Mismatch."""
+    try:
+        return min(size_in_bytes(text.strip().removesuffix("/s")), MAX_RATE)
+    except (Mismatch, OverflowError) as error:
+        raise Mismatch(
+            f"scrub={text!r} is no rate", kept="nothing was touched", next="scrub='20MB/s'"
+        ) from error
