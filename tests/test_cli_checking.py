@@ -13,9 +13,11 @@ import pytest
 from everstep import cli
 from everstep.chain.history import Chain
 from everstep.chain.lease import Lease
+from everstep.chain.replicas import remember
 from everstep.chain.writer import Captured, Facts, Writer
 from everstep.format import keys, values
 from everstep.format.layout import Slice, lay_out
+from everstep.store.local import LocalStore
 
 pytestmark = pytest.mark.slow
 
@@ -150,3 +152,39 @@ def test_errors_name_the_next_command(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "is not an Everstep chain" in capsys.readouterr().err
     assert run("-r", "parity:2+1:a,b", "repair") == 14
     assert "names 2 members" in capsys.readouterr().err
+
+
+def test_a_listing_says_what_was_verified_where(
+    repo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / "there"
+    assert run("-r", repo, "replicate", there) == 0
+    chain = Chain(repo)
+    remember(chain, [LocalStore(there)])
+    assert [one["verified"] for one in json_of(capsys, "-r", repo, "log")["snapshots"]] == [[], [], []]
+    assert run("-r", there, "verify") == 0
+    write(Writer(chain, Lease.take(chain.store), "main", chain.find("head").id), 4)
+    rows = json_of(capsys, "-r", repo, "log")["snapshots"]
+    assert [one["verified"] for one in rows] == [[], *[[str(there)]] * 3]
+    assert run("-r", repo, "verify") == 0
+    rows = json_of(capsys, "-r", repo, "log")["snapshots"]
+    assert [one["verified"] for one in rows] == [[str(repo)], *[[str(repo), str(there)]] * 3]
+    capsys.readouterr()
+    assert run("-r", repo, "log") == run("-r", repo, "show", "head~1") == 0
+    said = capsys.readouterr().out
+    assert said.count("local verified") == 5
+    assert f"local verified, {there} verified" in " ".join(said.split())
+
+
+def test_a_damaged_snapshot_and_one_that_was_not_read_are_not_verified(
+    repo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chain = Chain(repo)
+    assert run("-r", repo, "verify", "--read-data-subset", "1/2") == 0
+    assert not any(one["verified"] for one in json_of(capsys, "-r", repo, "log")["snapshots"])
+    (name,) = chain.manifest(chain.find("step:2")).packs
+    damage(repo / keys.pack(name))
+    assert run("-r", repo, "verify") == 20
+    rows = json_of(capsys, "-r", repo, "log")["snapshots"]
+    assert {one["step"]: bool(one["verified"]) for one in rows} == {1: True, 2: False, 3: True}
+    assert json_of(capsys, "-r", repo, "show", "step:3")["verified"] == [str(repo)]

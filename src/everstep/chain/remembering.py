@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,31 +20,38 @@ from everstep.chain.replicas import address_of
 from everstep.chain.steplog import state_directory
 from everstep.errors import Unavailable
 from everstep.format.chunk import digest
+from everstep.store.base import Store
 
 MAX_BYTES = 64 * 1024
+MAX_VERIFIED = 500
+"""Of so many snapshots it is remembered that they were verified, the newest."""
 
 
 class Checks(msgspec.Struct, omit_defaults=True):
     """`subsets`: by the number of parts, which was read last. `scrubbed`: the last pack of a scrub under way;
-    `passes`: how many have come to their end; `passed_at`: when the last did, in seconds since 1970."""
+    `passes`: how many have come to their end; `passed_at`: when the last did, in seconds since 1970.
+    `verified`: ids of snapshots that were whole when everything was last read in one go."""
 
     subsets: dict[str, int] = {}
     scrubbed: str = ""
     passes: int = 0
     passed_at: float = 0.0
+    verified: tuple[str, ...] = ()
 
 
 class Memory:
-    """The checks of one chain at one place. Reads and writes a small file."""
+    """The checks of one chain at one place: its own, or the `store` that a replica of it is in. Reads and
+    writes a small file."""
 
-    def __init__(self, chain: Chain) -> None:
-        self._url = chain.url
+    def __init__(self, chain: Chain, store: Store | None = None) -> None:
+        store = store or chain.store
+        self._url = store.url
         try:
             place = state_directory() / chain.about.chain
         except RuntimeError as error:
             raise self._failed(error) from error
         # The same in any directory: what looks at a chain may be in another than the user.
-        where = address_of(chain.store) or chain.url
+        where = address_of(store) or store.url
         self._path = place / f"checks-{digest(where.encode())[:16]}.json"
 
     def load(self) -> Checks:
@@ -56,6 +63,10 @@ class Memory:
             return Checks()
         except OSError as error:
             raise self._failed(error) from error
+
+    def note_verified(self, ids: Sequence[str]) -> None:
+        """Everything was read, and these snapshots were whole, the newest first. Raises Unavailable."""
+        self.save(msgspec.structs.replace(self.load(), verified=tuple(ids[:MAX_VERIFIED])))
 
     def save(self, checks: Checks) -> None:
         """Appears whole or not at all. Raises Unavailable."""

@@ -45,7 +45,8 @@ class Finding:
 @dataclass
 class Report:
     """What `verify` saw. `foreign` are files in the chain's place that are none of its objects; `left_bytes`
-    of chunks were not looked at, because they were not asked for."""
+    of chunks were not looked at, because they were not asked for; `sound` are the ids of the snapshots that
+    are whole, as far as was looked."""
 
     objects: int = 0
     bytes: int = 0
@@ -54,6 +55,7 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     left_bytes: int = 0
+    sound: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -373,6 +375,7 @@ class _Verifier:
             affected[key] |= ids
         whole = {id: name for id, name in whole.items() if id not in broken}
         self.report.snapshots, self.report.whole = len(whole) + len(broken), len(whole)
+        self.report.sound = tuple(whole)
         newest = next(iter(whole.values()), None)
         for key in sorted(self.problems):
             lost = tuple(sorted(affected[key]))

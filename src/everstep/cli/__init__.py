@@ -181,7 +181,7 @@ def log(
         output.remark(f"{chain.url} has no snapshots{on}; its branches: {names}")
         return
     for row in rows if there else ():
-        row["where"] = replicas.shown(row["durable"], chain.url, there)
+        row["where"] = replicas.shown(row, chain.url, there)
     (listing.show_graph if graph else listing.show)(rows)
     replicas.tell(standings)
     if more:
@@ -225,11 +225,14 @@ def show(
     tags = _tags(chain).get(snapshot.id, [])
     there = replicas.look(chain)
     durable = _durable(chain, snapshot, branch, there)
+    known = replicas.verified_in(chain, there)
+    where = {"durable": durable, "verified": [url for url in durable if snapshot.id in known[url]]}
     if as_json:
         made = _snapshot_document(snapshot, manifest, tags, leaves, damage)
-        output.document({**made, "durable": durable})
+        output.document({**made, **where})
     else:
-        _show_record(snapshot, tags, replicas.shown(durable, chain.url, there) if there else "")
+        known_where = there or where["verified"]
+        _show_record(snapshot, tags, replicas.shown(where, chain.url, there) if known_where else "")
         if manifest is not None:
             _show_manifest(manifest, leaves)
     if damage is not None:

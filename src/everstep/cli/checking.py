@@ -11,7 +11,7 @@ import typer
 
 from everstep.cli import output
 from everstep.cli.options import Branch, Json, Repo, chain_url
-from everstep.errors import Damaged, EverstepError
+from everstep.errors import Damaged, EverstepError, Unavailable
 from everstep.events import size
 
 if TYPE_CHECKING:
@@ -58,16 +58,33 @@ def verify(
         report = check(chain, on_progress, part.subset.wants if part else None)
     if part:
         part.done()
+    else:
+        _note_verified(chain, report)
     if as_json:
         read = {"number": part.subset.number, "of": part.subset.of} if part else None
         output.document(
-            {"chain": chain.url, "ok": not report.findings, **dataclasses.asdict(report), "subset": read}
+            {"chain": chain.url, "ok": not report.findings, **_report_document(report), "subset": read}
         )
     else:
         _show(report.findings)
         _show_foreign(report)
         print(_summary(report, part.subset if part else None))
     return Damaged.exit_code if report.findings else 0
+
+
+def _report_document(report: Report) -> dict[str, Any]:
+    made = dataclasses.asdict(report)
+    del made["sound"]  # `log` has it with each snapshot.
+    return made
+
+
+def _note_verified(chain: Chain, report: Report) -> None:
+    from everstep.chain.remembering import Memory
+
+    try:
+        Memory(chain).note_verified(report.sound)
+    except Unavailable as error:
+        output.remark(str(error))
 
 
 class _Part:

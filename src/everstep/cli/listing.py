@@ -157,6 +157,7 @@ def _bracketed(names: Sequence[str]) -> str:
 def _row(entry: Mapping[str, Any], marks: Sequence[str]) -> tuple[str, ...]:
     taken = entry["taken_at"]
     remarks = [*marks, entry["note"]]
+    remarks += ["verified"] if "where" not in entry and entry["verified"] else []
     remarks += ["approximate"] if entry["approximate"] else []
     remarks += [f"DAMAGED: {entry['damage']}"] if entry["damage"] else []
     return (

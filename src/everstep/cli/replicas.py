@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -63,19 +63,37 @@ def label(url: str, others: Sequence[str] = ()) -> str:
 
 
 def add_durable(rows: Sequence[dict[str, Any]], chain: Chain, replicas: Sequence[Replica]) -> None:
-    """Say of each snapshot where it is: in the chain's own store, as it is listed there, and where else."""
+    """Say of each snapshot where it is: in the chain's own store, as it is listed there, and where else; and
+    in which of these `everstep verify` has found it whole."""
     from everstep.format import keys
 
+    verified = verified_in(chain, replicas)
     for row in rows:
         branch, number = row["head"].split("/")[1], keys.number_of(row["head"]) or 0
         row["durable"] = [chain.url, *(one.url for one in replicas if one.has(branch, number))]
+        row["verified"] = [url for url in row["durable"] if row["id"] in verified[url]]
 
 
-def shown(durable: Sequence[str], first: str, replicas: Sequence[Replica]) -> str:
-    """`local, s3`."""
-    urls = [one.url for one in replicas]
-    own = "local" if "://" not in first else label(first, [first, *urls])
-    return ", ".join([own, *(label(url, [first, *urls]) for url in durable if url != first)])
+def verified_in(chain: Chain, replicas: Sequence[Replica]) -> dict[str, frozenset[str]]:
+    """By URL, the ids of the snapshots that the last `everstep verify` of this user's found whole there."""
+    from everstep.chain.remembering import Memory
+
+    found: dict[str, frozenset[str]] = {}
+    for url in (chain.url, *(one.url for one in replicas)):
+        try:
+            store = chain.store if url == chain.url else open_store(url)
+            found[url] = frozenset(Memory(chain, store).load().verified)
+        except EverstepError:
+            found[url] = frozenset()  # It is not known, then.
+    return found
+
+
+def shown(row: Mapping[str, Any], first: str, replicas: Sequence[Replica]) -> str:
+    """`local verified, s3`."""
+    urls = [first, *(one.url for one in replicas)]
+    names = {url: label(url, urls) for url in row["durable"]}
+    names[first] = "local" if "://" not in first else names[first]
+    return ", ".join(f"{name} verified" if url in row["verified"] else name for url, name in names.items())
 
 
 def documents(chain: Chain, branch: str, replicas: Sequence[Replica]) -> list[dict[str, Any]]:
