@@ -224,9 +224,7 @@ class Run:
             )
         self._signals = Signals(self._signalled)
         self._signals.install()
-        if back is not None:
-            self._taking.prepare(self._collect())
-            self._prepared = True
+        self._prepared = False
         for trigger in self._triggers:
             trigger.taken(self._steps, self._clock())
         atexit.register(self._at_exit)
@@ -506,7 +504,8 @@ class Run:
         if due and not asked:
             self._take(due[0], overlap=True)
         if not self._prepared and len(self._accumulating) < max(1, len(optimizers(self._objects))):
-            # Only now have the optimizers their state, so only now is it known how much memory it takes.
+            # Only now have the optimizers their state, and is it known how much memory that takes. After a
+            # resume it was known before; but to take it then would slow down what the run begins with.
             self._taking.prepare(self._collect())
             self._prepared = True
 
