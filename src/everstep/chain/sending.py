@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from everstep.chain.history import SHORT
 from everstep.chain.relocations import Relocations, write_down
@@ -18,7 +17,11 @@ from everstep.format import keys, pack, record
 from everstep.format import manifest as manifests
 from everstep.format.chunk import Buffer, digest
 from everstep.format.manifest import Manifest
-from everstep.format.record import ChainRecord, HeadRecord, LeaseRecord, SnapshotRecord, Spot, TagRecord
+from everstep.format.record import (
+    SEALED_KINDS,
+    SnapshotRecord,
+    Spot,
+)
 from everstep.store.base import Store
 from everstep.store.parallel import in_parallel
 from everstep.store.replicated import copies_of
@@ -33,13 +36,6 @@ _LIMITS = {
     keys.PACKS: MAX_SENT_PACK_BYTES,
     keys.MANIFESTS: manifests.MAX_STORED_BYTES,
     keys.STEPLOG: record.MAX_SEGMENT_BYTES,
-}
-
-_SEALED: dict[str, Any] = {
-    keys.CHAIN: ChainRecord,
-    keys.HEADS: HeadRecord,
-    keys.TAGS: TagRecord,
-    keys.LEASES: LeaseRecord,
 }
 
 
@@ -250,5 +246,5 @@ def _check(key: str, data: Buffer) -> None:
     if key.startswith(keys.STEPLOG):
         record.unseal_segment(data)
         return
-    kind = next(kind for prefix, kind in _SEALED.items() if key.startswith(prefix))
+    kind = next(kind for prefix, kind in SEALED_KINDS.items() if key.startswith(prefix))
     record.unseal(data, kind, key)

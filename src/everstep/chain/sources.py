@@ -16,29 +16,13 @@ from everstep.format import keys, record, values
 from everstep.format import manifest as manifests
 from everstep.format.chunk import digest
 from everstep.format.record import (
-    ChainRecord,
-    HeadRecord,
-    LeaseRecord,
-    PruneRecord,
-    RelocationRecord,
-    ReplicasRecord,
-    SealedRecord,
+    SEALED_KINDS,
     SnapshotRecord,
-    TagRecord,
 )
 from everstep.store.base import Buffer, Store
 from everstep.store.replacing import SPARES, key_of_spare
 
 _NOT_HAD = (Damaged, NotFound, Unsupported)
-_SEALED: dict[str, type[SealedRecord]] = {
-    keys.CHAIN: ChainRecord,
-    keys.HEADS: HeadRecord,
-    keys.TAGS: TagRecord,
-    keys.LEASES: LeaseRecord,
-    keys.PRUNES: PruneRecord,
-    keys.RELOCATIONS: RelocationRecord,
-    keys.REPLICAS: ReplicasRecord,
-}
 _COMPARED = 3
 """So many of the newest records that two copies of a chain both have are compared: do they part?"""
 
@@ -60,7 +44,7 @@ def refuse_other(key: str, data: Buffer) -> None:
         if named is None or not steps or steps[0].step != named[1]:
             raise Damaged("it does not begin with the step that its name says", key=key)
     else:
-        kind = next(kind for prefix, kind in _SEALED.items() if key.startswith(prefix))
+        kind = next(kind for prefix, kind in SEALED_KINDS.items() if key.startswith(prefix))
         record.unseal(data, kind, key)
 
 

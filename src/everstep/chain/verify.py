@@ -18,12 +18,7 @@ from everstep.format import manifest as manifests
 from everstep.format.chunk import Buffer, aligned, decode, digest
 from everstep.format.manifest import Manifest, Place
 from everstep.format.record import (
-    ChainRecord,
-    HeadRecord,
-    LeaseRecord,
-    PruneRecord,
-    RelocationRecord,
-    ReplicasRecord,
+    SEALED_KINDS,
     SealedRecord,
     SnapshotRecord,
     TagRecord,
@@ -509,14 +504,12 @@ def _place(name: str, entry: pack.Entry) -> Place:
     return Place(name, entry.offset, entry.stored_bytes, entry.encoding, entry.base)
 
 
+def _sealed_as(kind: type[SealedRecord]) -> Callable[[_Verifier, Entry], None]:
+    return lambda verifier, entry: verifier._sealed(entry, kind)
+
+
 _CHECKS: dict[str, Callable[[_Verifier, Entry], None]] = {
-    keys.CHAIN: lambda verifier, entry: verifier._sealed(entry, ChainRecord),
-    keys.HEADS: lambda verifier, entry: verifier._sealed(entry, HeadRecord),
-    keys.TAGS: lambda verifier, entry: verifier._sealed(entry, TagRecord),
-    keys.LEASES: lambda verifier, entry: verifier._sealed(entry, LeaseRecord),
-    keys.PRUNES: lambda verifier, entry: verifier._sealed(entry, PruneRecord),
-    keys.RELOCATIONS: lambda verifier, entry: verifier._sealed(entry, RelocationRecord),
-    keys.REPLICAS: lambda verifier, entry: verifier._sealed(entry, ReplicasRecord),
+    **{prefix: _sealed_as(kind) for prefix, kind in SEALED_KINDS.items()},
     keys.STEPLOG: _Verifier._segment,
     JOURNAL: _Verifier._journal,
     keys.SNAPSHOTS: _Verifier._snapshot,

@@ -15,23 +15,12 @@ from everstep.errors import Damaged, EverstepError, NotFound, Unsupported
 from everstep.format import keys, manifest, pack, record
 from everstep.format.chunk import Buffer, Encoding, digest
 from everstep.format.record import (
-    ChainRecord,
-    HeadRecord,
-    LeaseRecord,
-    PruneRecord,
-    RelocationRecord,
-    ReplicasRecord,
-    SealedRecord,
+    SEALED_KINDS,
     SnapshotRecord,
     StepRecord,
-    TagRecord,
 )
 from everstep.store.base import Store, checked
 
-_SEALED: dict[str, type[SealedRecord]] = {
-    keys.CHAIN: ChainRecord, keys.HEADS: HeadRecord, keys.TAGS: TagRecord, keys.LEASES: LeaseRecord,
-    keys.PRUNES: PruneRecord, keys.RELOCATIONS: RelocationRecord, keys.REPLICAS: ReplicasRecord,
-}  # fmt: skip
 _LOOK_BYTES = 256
 
 
@@ -81,7 +70,7 @@ def _print(store: Store, key: str, size_bytes: int, as_json: bool) -> None:
         _check_name(key, data)
         output.document(msgspec.to_builtins(record.decode(data, SnapshotRecord)))
     else:
-        kind = next((kind for prefix, kind in _SEALED.items() if key.startswith(prefix)), None)
+        kind = next((kind for prefix, kind in SEALED_KINDS.items() if key.startswith(prefix)), None)
         if kind is None:
             raise Unsupported(f"{key} is none of a chain's objects", key=key)
         output.document(msgspec.to_builtins(record.unseal(data, kind, key)))

@@ -251,6 +251,17 @@ SealedRecord: TypeAlias = (
 )
 """Each says with `key` where it belongs."""
 
+SEALED_KINDS: dict[str, type[SealedRecord]] = {
+    keys.CHAIN: ChainRecord,
+    keys.HEADS: HeadRecord,
+    keys.TAGS: TagRecord,
+    keys.LEASES: LeaseRecord,
+    keys.PRUNES: PruneRecord,
+    keys.RELOCATIONS: RelocationRecord,
+    keys.REPLICAS: ReplicasRecord,
+}
+"""By what a key begins with, the record that lies there."""
+
 
 class StepRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one step was: compared when a resume trains it again.
