@@ -32,7 +32,7 @@ from everstep.chain.sharing import Known, NewPack, is_shallow
 from everstep.errors import Conflict, Damaged, EverstepError, Mismatch, NotFound, Unsupported
 from everstep.format import keys, pack, record
 from everstep.format import manifest as manifests
-from everstep.format.chunk import Encoding, aligned, digest
+from everstep.format.chunk import aligned, digest
 from everstep.format.manifest import Manifest, Place, StoredChunk
 from everstep.format.record import COPY, HeadRecord, Move, Origin, SnapshotRecord
 from everstep.store.base import Buffer, Store
@@ -490,10 +490,7 @@ class _Copying:
                 stored = self.source.store.get(key, entry.offset, entry.stored_bytes)
             except NotFound as error:
                 raise Damaged(f"{key} is missing", key=key) from error
-            whole = pack.check_of(stored, entry.encoding) == entry.check
-            if entry.encoding == Encoding.RAW:
-                whole = digest(stored) == entry.digest
-            if len(stored) != entry.stored_bytes or not whole:
+            if not pack.is_stored(entry, stored):
                 raise Damaged(
                     f"chunk {entry.digest[:12]} in {key} is not the one that was written",
                     kept="what was copied before stands",

@@ -62,24 +62,11 @@ def footer_of(store: Store, name: str, size_bytes: int | None = None) -> pack.Fo
 
 def refuse_other_pack(name: str, data: Buffer) -> None:
     """Raises Damaged where a bit of these bytes is not as in the pack of this name."""
-    view = memoryview(data)
-    trailer = pack.decode_trailer(view[-pack.TRAILER_BYTES :], len(view))
-    footer = pack.decode_tail(view[trailer.footer_offset :], len(view), name)
-    for one in footer.entries:
-        stored = view[one.offset : one.offset + one.stored_bytes]
-        if not is_stored(one, stored):
-            raise Damaged(f"chunk {one.digest[:12]} is not the one that was written", key=keys.pack(name))
-        if any(view[one.offset + one.stored_bytes : aligned(one.offset + one.stored_bytes)]):
-            raise Damaged("it has padding that is not zero", key=keys.pack(name))
-
-
-def is_stored(one: pack.Entry, stored: Buffer) -> bool:
-    """Whether these are a chunk's stored bytes, as its entry says."""
-    if len(stored) != one.stored_bytes:
-        return False
-    if one.encoding == Encoding.RAW:
-        return digest(stored) == one.digest
-    return pack.check_of(stored, one.encoding) == one.check
+    try:
+        pack.check(memoryview(data), name)
+    except Damaged as error:
+        error.key = error.key or keys.pack(name)
+        raise
 
 
 class Chunks:
@@ -190,7 +177,7 @@ class Chunks:
             stored = self._read(store, keys.pack(name), one)
             if stored is not None:
                 return stored
-        return next((stored for stored in self._everywhere(name, one) if is_stored(one, stored)), None)
+        return next((stored for stored in self._everywhere(name, one) if pack.is_stored(one, stored)), None)
 
     def _everywhere(self, name: str, one: pack.Entry) -> Iterator[Buffer]:
         """What may be a chunk's stored bytes: those of other packs, and the chunk encoded anew."""
@@ -233,7 +220,7 @@ class Chunks:
             stored = store.get(key, one.offset, one.stored_bytes)
         except _NOT_HAD:
             return None
-        return stored if is_stored(one, stored) else None
+        return stored if pack.is_stored(one, stored) else None
 
     def _where(self) -> dict[str, list[tuple[Store, str, pack.Entry]]]:
         if self._places is None:

@@ -212,11 +212,10 @@ def _batches(entries: Iterable[pack.Entry]) -> Iterator[list[pack.Entry]]:
 
 def _check(one: pack.Entry, stored: Buffer) -> None:
     """Raises Damaged where a chunk is not stored as it was written."""
-    raw = one.encoding == Encoding.RAW
-    whole = digest(stored) == one.digest if raw else pack.check_of(stored, one.encoding) == one.check
-    if whole and not raw and not one.base:
+    whole = pack.is_stored(one, stored)
+    if whole and one.encoding != Encoding.RAW and not one.base:
         whole = digest(decode(stored, one.encoding, one.size_bytes)) == one.digest
-    if len(stored) != one.stored_bytes or not whole:
+    if not whole:
         raise Damaged(f"chunk {one.digest[:12]} is not stored as it was written")
 
 

@@ -201,6 +201,15 @@ def footer_bytes(entries: int) -> int:
     return _HEADER.size + entries * _ENTRY.size
 
 
+def is_stored(one: Entry, stored: Buffer) -> bool:
+    """Whether these are a chunk's stored bytes, as its entry says."""
+    if len(stored) != one.stored_bytes:
+        return False
+    if one.encoding == Encoding.RAW:
+        return one.stored_bytes == one.size_bytes and digest(stored) == one.digest
+    return check_of(stored, one.encoding) == one.check
+
+
 def check(data: memoryview, name: str) -> Footer:
     """The footer of the pack `name`, whose bytes `data` are, all of them held against their digests.
 
@@ -214,12 +223,7 @@ def check(data: memoryview, name: str) -> Footer:
     footer = decode_tail(data[trailer.footer_offset :], len(data), name)
     for one in footer.entries:
         end = one.offset + one.stored_bytes
-        stored = data[one.offset : end]
-        if one.encoding == Encoding.RAW:
-            whole = one.stored_bytes == one.size_bytes and digest(stored) == one.digest
-        else:
-            whole = check_of(stored, one.encoding) == one.check
-        if not whole:
+        if not is_stored(one, data[one.offset : end]):
             raise Damaged(f"chunk {one.digest[:12]} of a pack is not stored as it was written")
         if any(data[end : aligned(end)]):
             raise Damaged("a pack has padding that is not zero")
