@@ -653,10 +653,16 @@ PROVOKED: dict[str, list[Callable[[], object]]] = {
         written_to_while_waited_for,
         no_keeper,
     ],
-    "Mismatch": [other_model, one_object_less, foreign, resume_never, lambda: a_run(every="ten minutes")],
+    "Mismatch": [
+        other_model,
+        one_object_less,
+        foreign,
+        resume_never,
+        lambda: a_run(every="ten minutes"),
+        many_ranks,
+    ],
     "Unsupported": [
         unstorable,
-        many_ranks,
         lambda: Chain("ftp://host/run"),
         in_too_small_waves,
         newer_format,

@@ -127,7 +127,7 @@ def open(
         from everstep.run.disabled import DisabledRun
 
         return DisabledRun(objects, data)  # type: ignore[return-value]
-    from everstep.run.session import Run
+    from everstep.run import many, session
 
     chosen = settings.Settings(
         _plain(repo),
@@ -143,7 +143,7 @@ def open(
         replicas if isinstance(replicas, str) else [_plain(one) for one in replicas],
         scrub,
     ).overridden()
-    return Run(chosen, objects, data, config=config, chains=Chain)
+    return (many.open_with_others(chosen) or session.Run)(chosen, objects, data, config=config, chains=Chain)
 
 
 def _plain(place: str | PathLike[str] | Store) -> str | Store:

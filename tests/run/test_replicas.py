@@ -24,6 +24,7 @@ from everstep.chain.verify import verify
 from everstep.errors import Conflict, Fenced, Mismatch, NotFound, Unavailable
 from everstep.events import BroughtBack, Event, Taken, Unsent, Warned
 from everstep.format import keys, record
+from everstep.keeper.client import living
 from everstep.run.settings import Settings
 from everstep.store.memory import MemoryStore
 from everstep.testing.faults import FaultyStore
@@ -317,6 +318,9 @@ def test_a_killed_run_whose_disk_is_lost_ends_as_if_nothing_had_happened(tmp_pat
     if keeper == "dies":
         for pid in keepers(tmp_path):
             os.kill(pid, signal.SIGKILL)
+    else:
+        # It has stored all that it was given: what it writes later would begin the directory anew.
+        assert wait_until(lambda: any(status.held for status in living()))
     shutil.rmtree(here)
     again = started(tmp_path, 24, here, there)
     out, _ = again.communicate(timeout=300)

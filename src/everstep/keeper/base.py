@@ -240,13 +240,17 @@ class Terms:
     fresh: bool = False
     replicas: tuple[tuple[str, str], ...] = ()
     scrub_bytes_per_s: int = 0
+    rank: int = 0
+    ranks: int = 1
+    deadline_s: float = 600.0
 
 
 @dataclass(eq=False)
 class Job:
     """A snapshot to be stored: all of it but its bytes, which follow as waves.
 
-    `journals` are the step log up to it, to be sealed once it is durable.
+    `journals` are the step log up to it, to be sealed once it is durable. `take` is the number of the take,
+    where several ranks have agreed on it.
     """
 
     layout: Layout
@@ -254,6 +258,7 @@ class Job:
     values: bytes = b""
     journals: Sequence[EndedJournal] = ()
     pending: Pending = field(default_factory=Pending)
+    take: int = 0
 
 
 @dataclass(frozen=True)

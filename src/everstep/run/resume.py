@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from everstep.chain import held as arenas
 from everstep.chain.history import Chain, Point, Snapshot
@@ -39,20 +40,15 @@ def refuse_unwanted(chain: Chain, resume: str, branch: str) -> None:
         )
 
 
-def bring_back(
-    chain: Chain,
-    resume: str,
-    branch: str,
-    objects: Mapping[str, object],
-    strict: bool,
-    emit: Sink,
-    held: Sequence[Held] = (),
-) -> Resumption | None:
+Restore: TypeAlias = Callable[[Chain, Snapshot], Resumption]
+"""Brings the objects to what a snapshot of a chain holds. Raises as `restored` does."""
+
+
+def bring_back(chain: Chain, resume: str, branch: str, restore: Restore, emit: Sink) -> Resumption | None:
     """Restore the objects from the snapshot that `resume` means; None where the run starts from nothing.
 
     `auto` and `must` take the newest snapshot that can be verified, and tell `emit` what they skip and why;
     what a rollback took back is not gone on from.
-    A snapshot that is `held` in an arena is taken from there, verified, and from the store where it is not.
 
     Raises:
         NotFound: there is none, and it must be; or a reference means none.
@@ -62,11 +58,11 @@ def bring_back(
     if resume == "never":
         return None
     if resume not in ("auto", "must"):
-        return restored(chain, _found(chain, resume, branch), objects, strict, held)
+        return restore(chain, _found(chain, resume, branch))
     skipped: list[Point] = []
     for point in chain.line(branch):
         try:
-            return _at(chain, point, objects, strict, held)
+            return _at(chain, point, restore)
         except (Damaged, NotFound) as error:
             skipped.append(point)
             emit(Skipped(chain.url, point.name(), error.problem))
@@ -93,19 +89,18 @@ def _found(chain: Chain, ref: str, branch: str) -> Snapshot:
         raise NotFound(error.problem, kept="nothing was touched", next=next, key=error.key) from error
 
 
-def _at(
-    chain: Chain, point: Point, objects: Mapping[str, object], strict: bool, held: Sequence[Held]
-) -> Resumption:
+def _at(chain: Chain, point: Point, restore: Restore) -> Resumption:
     if point.damage is not None:
         raise point.damage
     assert point.snapshot is not None
-    return restored(chain, point.snapshot, objects, strict, held)
+    return restore(chain, point.snapshot)
 
 
 def restored(
     chain: Chain, snapshot: Snapshot, objects: Mapping[str, object], strict: bool, held: Sequence[Held]
 ) -> Resumption:
-    """Restore the objects from one snapshot. Raises as `bring_back` does."""
+    """Restore the objects from one snapshot; where it is `held` in an arena it is taken from there, verified,
+    and from the store where it is not. Raises as `bring_back` does."""
     if len(snapshot.record.manifests) != 1:
         raise Unsupported(
             f"snapshot {snapshot.short} was taken by several ranks, which this version cannot join"

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from everstep.chain import versions
 from everstep.chain.adoption import Replicas
-from everstep.chain.history import Chain
-from everstep.chain.lease import Leases, refuse_living
+from everstep.chain.history import Chain, Snapshot
+from everstep.chain.lease import Lease, Leases, refuse_living
 from everstep.chain.replicas import address_of, remember
 from everstep.chain.steplog import StepLog
 from everstep.chain.writer import Facts
@@ -41,8 +41,11 @@ from everstep.keeper.base import Held, Keeper, Outcome, Pending, Standings, Term
 from everstep.run import environment, keepers, resume, starting, triggers
 from everstep.run.given import drift_since, drifted, given, overruled, plain_config
 from everstep.run.metrics import Reading
+from everstep.run.ranks.lent import LentLease, NoLog
+from everstep.run.ranks.opening import described, opened_as, packed_origin, unpacked_origin
+from everstep.run.ranks.together import Alone, Ranks
 from everstep.run.repeat import Repeat
-from everstep.run.settings import Settings, refuse_many_ranks
+from everstep.run.settings import Settings
 from everstep.run.signals import EXIT_STATUS, Signals
 from everstep.run.starting import Return, Start
 from everstep.run.taking import Occasion, Taking
@@ -80,17 +83,18 @@ class Run:
         sink: Sink | None = None,
         clock: Clock = time.monotonic,
         chains: type[Chain] = Chain,
+        ranks: Ranks | None = None,
     ) -> None:
         """Open the chain (as one of `chains`), become its writer, and bring the objects back to where the run
         stopped.
 
         Blocks while the state is read. See `everstep.open` for the errors.
         """
-        refuse_many_ranks()
         self._settings = settings
         self._store = open_store(settings.repo, unsafe_single_writer=settings.unsafe_single_writer)
         self._emit = sink or default_sink()
-        self._replicas = Replicas(self._replica_stores(), self._emit)
+        self._ranks: Ranks = ranks or Alone()
+        self._replicas = Replicas(self._replica_stores() if self._ranks.leads else [], self._emit)
         self._clock = clock
         self._objects = named(objects)
         self._track = None if loader is None else track(loader)
@@ -122,7 +126,7 @@ class Run:
         self._collect()
         self._given = given(self._objects, self._track)
         environment.here()  # What takes its time to look up is looked up here, not at the first snapshot.
-        self.chain, start = self._open_chain(chains)
+        self.chain, start = self._open_on_all(chains)
         self._connect(start)
         self._emit(Opened(self.chain.url, self._captured(), settings.every_text, settings.keep))
         if isinstance(self.chain.store, Redundant):
@@ -152,7 +156,7 @@ class Run:
         # Before anything is asked of a keeper, which may be at work for a living process.
         settings = self._settings
         branch = settings.branch
-        refuse_living(self.chain.store, branch)
+        self._ranks.led(self._refuse_living)
         replicas = self._replicas.stores
         names = [store.url for store in replicas]
         self._standings = Standings(self.chain.url, names, self._emit, self._taken_over)
@@ -160,19 +164,43 @@ class Run:
             self.chain, branch, settings.keeper, self._outcome, self._warn, replicas, self._standings.told
         )
         try:
-            held = self._keeper.held()
-            self._lease = self._replicas.take(self.chain, branch)
+            held = self._ranks.all_of("what keepers hold", self._keeper.held)
+            self._lease: Lease | LentLease = LentLease(0)
             try:
-                remember(self.chain, replicas)
-                self._replicas.adopt(self.chain, branch, self._lease, settings.resume != "never")
+                number = self._ranks.led(self._take_lease)
+                if not self._ranks.leads:
+                    self._lease = LentLease(int(number))
                 self._begin(held, start)
             except BaseException:
                 self._lease.release()
-                self._replicas.let_go(self.chain, branch, self._lease, ())
+                self._let_go_of_replicas(())
                 raise
         except BaseException:
             self._keeper.close()
             raise
+
+    def _refuse_living(self) -> bytes:
+        refuse_living(self.chain.store, self._settings.branch)
+        return b""
+
+    def _take_lease(self) -> bytes:
+        """Become the one who writes the branch."""
+        branch = self._settings.branch
+        self._lease = lease = self._replicas.take(self.chain, branch)
+        remember(self.chain, self._replicas.stores)
+        self._replicas.adopt(self.chain, branch, lease, self._settings.resume != "never")
+        return str(lease.number).encode()
+
+    def _open_on_all(self, chains: type[Chain]) -> tuple[Chain, Start | None]:
+        """As rank 0 opens it."""
+        opened: list[tuple[Chain, Start | None]] = []
+
+        def lead() -> bytes:
+            opened.append(self._open_chain(chains))
+            return described(*opened[0])
+
+        told = self._ranks.led(lead)
+        return opened[0] if opened else opened_as(told, chains(self._store))
 
     def _open_chain(self, chains: type[Chain]) -> tuple[Chain, Start | None]:
         """The chain, and where its branch begins if that is not there yet and is to begin at a snapshot."""
@@ -194,8 +222,11 @@ class Run:
 
     def _begin(self, held: list[Held], start: Start | Return | None) -> None:
         settings, branch = self._settings, self._settings.branch
-        self._sweep()
-        self._log = StepLog(self.chain, branch, self._lease.number)
+        if self._ranks.leads:
+            self._sweep()
+        self._log: StepLog | NoLog = (
+            StepLog(self.chain, branch, self._lease.number) if self._ranks.leads else NoLog()
+        )
         self._log.adopt()
         self._taking = Taking(
             self._keeper,
@@ -216,7 +247,7 @@ class Run:
         fresh = back is not None and back.got_round
         rate = settings.scrub_bytes_per_s
         terms = Terms(branch, self._lease.number, parent, settings.keep, fresh, scrub_bytes_per_s=rate)
-        self._keeper.begin(terms)
+        self._keeper.begin(self._terms_of_rank(terms))
         for name, optimizer in optimizers(self._objects).items():
             self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._taking.fence()))
             self._hooks.append(
@@ -230,21 +261,37 @@ class Run:
         atexit.register(self._at_exit)
         self._owner = os.getpid()
 
+    def _terms_of_rank(self, terms: Terms) -> Terms:
+        return terms
+
     def _brought_back(self, held: list[Held], start: Start | Return | None) -> resume.Resumption | None:
         """Restore the objects. What the chain is to say of it, it says only when they came back."""
-        settings, branch, objects = self._settings, self._settings.branch, self._objects
+        branch = self._settings.branch
         if start is not None:
-            back = resume.restored(start.chain, start.snapshot, objects, settings.strict, held)
-            self._origin = start.begin(self.chain, self._lease, branch)
+            back = self._ranks.all_of("the state", partial(self._restored, held, start.chain, start.snapshot))
+            begun = self._ranks.led(lambda: packed_origin(start.begin(self.chain, self._own_lease, branch)))
+            self._origin = unpacked_origin(begun)
             return back
-        found = resume.bring_back(
-            self._readable(), settings.resume, branch, objects, settings.strict, self._emit, held
-        )
+        found = self._resumption(partial(self._restored, held))
         told = None if found is None else versions.rolled_back(self.chain, branch)
         if found is not None and told is not None:
             step = found.snapshot.step
             self._rolled_back = replace(told, snapshot=found.snapshot.id, to_step=step)
         return found
+
+    def _restored(self, held: list[Held], chain: Chain, snapshot: Snapshot) -> resume.Resumption:
+        """The objects as one snapshot has them."""
+        return resume.restored(chain, snapshot, self._objects, self._settings.strict, held)
+
+    def _resumption(self, restored: resume.Restore) -> resume.Resumption | None:
+        """The objects as the snapshot has them that the branch goes on from."""
+        settings = self._settings
+        return resume.bring_back(self._readable(), settings.resume, settings.branch, restored, self._emit)
+
+    @property
+    def _own_lease(self) -> Lease:
+        assert isinstance(self._lease, Lease)
+        return self._lease
 
     def _readable(self) -> Chain:
         """The chain, with what its own store lacks, or has damaged, out of the replicas."""
@@ -503,6 +550,10 @@ class Run:
             due.append("again")
         if due and not asked:
             self._take(due[0], overlap=True)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Have memory made once it is known how much."""
         if not self._prepared and len(self._accumulating) < max(1, len(optimizers(self._objects))):
             # Only now have the optimizers their state, and is it known how much memory that takes. After a
             # resume it was known before; but to take it then would slow down what the run begins with.
@@ -549,9 +600,24 @@ class Run:
         return pending
 
     def _take(
-        self, trigger: str, note: str = "", pending: Pending | None = None, overlap: bool = False
-    ) -> None:
-        """Take a snapshot now; who holds a `pending` waits for room, a trigger does not."""
+        self,
+        trigger: str,
+        note: str = "",
+        pending: Pending | None = None,
+        overlap: bool = False,
+        number: int = 0,
+    ) -> bool:
+        """Take a snapshot now; who holds a `pending` waits for room, a trigger does not, and there may be
+        none: then this is false. `number` is that of a take that ranks agree on."""
+        taken = self._taking.take(self._occasion(trigger, note, pending, overlap, number))
+        if taken:
+            for one in self._triggers:
+                one.taken(self._steps, self._clock())
+        return taken
+
+    def _occasion(
+        self, trigger: str, note: str, pending: Pending | None, overlap: bool, number: int
+    ) -> Occasion:
         begun = time.monotonic()
         self._finish_records(wait=False)
         facts = Facts(
@@ -565,11 +631,7 @@ class Run:
             origin=self._origin,
         )
         overlap = overlap and self._settings.overlap
-        if self._taking.take(
-            Occasion(facts, self._collect, self._log.cut, self._metrics(), pending, overlap)
-        ):
-            for one in self._triggers:
-                one.taken(self._steps, self._clock())
+        return Occasion(facts, self._collect, self._log.cut, self._metrics(), pending, overlap, number)
 
     def _metrics(self) -> Callable[[], dict[str, Number]]:
         """Those of the newest step, which an accelerator may still be at work on."""
@@ -711,7 +773,7 @@ class Run:
         wait_s = self._settings.replica_wait if replica_wait_s is None else replica_wait_s
         try:
             if last and self._steps:
-                self._take("close", pending=Pending())
+                self._take_last()
         finally:
             self._closed = True
             for pending, _ in self._asked:
@@ -721,7 +783,8 @@ class Run:
                 self._emit(event)
             unsealed = self._taking.close(wait_s)
             self._quietly(partial(self._log.seal, unsealed + self._log.cut()))
-            self._quietly(self._sweep)
+            if self._ranks.leads:
+                self._quietly(self._sweep)
             self._signals.remove()
             for hook in self._hooks:
                 hook.remove()
@@ -733,9 +796,13 @@ class Run:
             self._quietly(self._let_go_of_replicas)
         self._taking.raise_background(unstored=True)
 
-    def _let_go_of_replicas(self) -> None:
-        unsent = self._standings.unsent()
-        self._replicas.let_go(self.chain, self._settings.branch, self._lease, unsent)
+    def _take_last(self) -> None:
+        self._take("close", pending=Pending())
+
+    def _let_go_of_replicas(self, unsent: Collection[str] | None = None) -> None:
+        unsent = self._standings.unsent() if unsent is None else unsent
+        if isinstance(self._lease, Lease):
+            self._replicas.let_go(self.chain, self._settings.branch, self._lease, unsent)
 
     def _sweep(self) -> None:
         """What killed writers left half-written goes, unless another branch has a writer: it may be its."""
@@ -758,9 +825,10 @@ class Run:
         crashed = getattr(sys, "last_value", None) is not None
         self._taking.wait()
         try:
-            self._end(
-                last=not crashed and not self._inside_a_step() and self._taking.taken_step != self._steps
-            )
+            if crashed:
+                self._end(last=False)
+            else:
+                self.close()
         except EverstepError as error:
             self._emit(Failed(self._steps, str(error)))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from everstep.chain.retention import Keep
-from everstep.errors import Mismatch, Unsupported
+from everstep.errors import Mismatch
 from everstep.format.keys import checked
 from everstep.keeper.memory import available_bytes
 from everstep.run import triggers
@@ -42,6 +42,13 @@ class Settings:
     scrub: str | None = None
     replica_wait: float = 60.0
     """For so many seconds `close` waits for replicas; only the environment says so."""
+    ranks_wait: float = 600.0
+    """For so many seconds ranks wait for each other when a run is opened; only the environment says so, as it
+    does for the next two."""
+    ranks_hold: float = 2.0
+    """A rank waits no longer than this, at the end of a step, to hear which step is taken."""
+    ranks_parts: float = 600.0
+    """For so many seconds a snapshot waits for the parts of all ranks."""
     keeper: str = "process"
     """`process`, or `thread`; only the environment says so: it is for debuggers and sandboxes."""
     paranoid: bool = False
@@ -64,9 +71,11 @@ class Settings:
                 changes[name] = truth(variable, found[variable])
         if found.get("EVERSTEP_REPLICAS"):
             changes["replicas"] = found["EVERSTEP_REPLICAS"]
-        if found.get("EVERSTEP_REPLICA_WAIT"):
-            _check_number("EVERSTEP_REPLICA_WAIT", found["EVERSTEP_REPLICA_WAIT"], float, 1e6)
-            changes["replica_wait"] = float(found["EVERSTEP_REPLICA_WAIT"])
+        for name in ("replica_wait", "ranks_wait", "ranks_hold", "ranks_parts"):
+            variable = f"EVERSTEP_{name.upper()}"
+            if found.get(variable):
+                _check_number(variable, found[variable], float, 1e6)
+                changes[name] = float(found[variable])
         for variable, (read, most) in _KEEPER_NUMBERS.items():
             if found.get(variable):
                 _check_number(variable, found[variable], read, most)
@@ -131,18 +140,6 @@ def disabled(environment: Mapping[str, str] | None = None) -> bool:
     """Whether `EVERSTEP_DISABLE` turns everything into a no-op."""
     found = os.environ if environment is None else environment
     return bool(found.get("EVERSTEP_DISABLE")) and truth("EVERSTEP_DISABLE", found["EVERSTEP_DISABLE"])
-
-
-def refuse_many_ranks(environment: Mapping[str, str] | None = None) -> None:
-    """Raises Unsupported in a job of several ranks: each would write the same chain."""
-    found = os.environ if environment is None else environment
-    ranks = found.get("WORLD_SIZE", "1")
-    if ranks not in ("", "1"):
-        raise Unsupported(
-            f"this is a job of {ranks} ranks; this version of Everstep keeps the state of one",
-            kept="nothing was touched",
-            next="EVERSTEP_DISABLE=1 to train without it",
-        )
 
 
 def _check_number(variable: str, text: str, read: Callable[[str], float], most: float) -> None:

@@ -36,6 +36,7 @@ class Occasion:
         metrics: those of the step. May wait for an accelerator, so it is called beside the loop.
         pending: of somebody who waits for it, and for room too; None for a trigger, which is skipped.
         overlap: what only an optimizer's step changes may be copied beside the loop.
+        number: that of the take, where several ranks have agreed on it; else 0.
     """
 
     facts: Facts
@@ -44,6 +45,7 @@ class Occasion:
     metrics: Callable[[], Mapping[str, Number]]
     pending: Pending | None
     overlap: bool
+    number: int = 0
 
 
 class Taking:
@@ -57,6 +59,7 @@ class Taking:
         grid_bytes: the chain's.
         paranoid: compare each capture with the state once more, right before the optimizer's step.
         standings: how the replicas stand to what is taken.
+        new_pending: what says of a snapshot that nobody waits for what became of it.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Taking:
         grid_bytes: int,
         paranoid: bool,
         standings: Standings,
+        new_pending: Callable[[], Pending] = Pending,
     ) -> None:
         self.errors: deque[tuple[Pending, BaseException]] = deque()
         self.taken_step: int | None = None
@@ -79,6 +83,7 @@ class Taking:
         self._grid_bytes = grid_bytes
         self._paranoid = paranoid
         self._standings = standings
+        self._new_pending = new_pending
         self._capturer = Capturer()
         self._capture: Capture | None = None
         """The one that was not passed on yet."""
@@ -119,7 +124,8 @@ class Taking:
             worked = time.thread_time()
             collected = occasion.collect()
             layout = self._capturer.layout(collected)
-            job = Job(layout, occasion.facts, pending=occasion.pending or Pending())
+            job = Job(layout, occasion.facts, pending=occasion.pending or self._new_pending())
+            job.take = occasion.number
             if layout.arena_bytes > self._arena_bytes:
                 self._stream(job, occasion, collected)
                 return True
@@ -140,6 +146,19 @@ class Taking:
                 self._keeper.give_back(arena)
                 raise
         return True
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a snapshot could be taken without waiting. From any thread."""
+        capture = self._capture
+        return (capture is None or capture.done.is_set()) and self._keeper.has_room()
+
+    def withdraw(self, occasion: Occasion) -> None:
+        """Let the other ranks know that this one has no part in a take that they have agreed on."""
+        job = Job(self._capturer.layout(occasion.collect()), occasion.facts)
+        job.take = occasion.number
+        self._keeper.submit(job)
+        self._keeper.drop(job)
 
     def _has_room(self, occasion: Occasion) -> bool:
         """Whether the last capture is over and an arena is free, after a wait if somebody waits anyway."""
@@ -279,6 +298,8 @@ class Taking:
         """To be told by the keeper, in its thread, before the job's `Pending` is."""
         job = outcome.job
         memory = self._memory.pop(job, None)
+        if outcome.snapshot is None and outcome.error is None:
+            return  # A rank's part of one: rank 0 says what becomes of it.
         if outcome.snapshot is None:
             assert outcome.error is not None
             if memory is not None:

@@ -23,6 +23,9 @@ class Trigger(Protocol):
     def taken(self, step: int, now_s: float) -> None:
         """A snapshot was taken (or the run opened): count from here."""
 
+    def following(self, step: int) -> int:
+        """The next step after `step` at which it is sure to be due; 0 where nobody can know."""
+
 
 @dataclass
 class EverySteps:
@@ -35,6 +38,9 @@ class EverySteps:
 
     def taken(self, step: int, now_s: float) -> None:
         return None
+
+    def following(self, step: int) -> int:
+        return (step // self.steps + 1) * self.steps
 
     def __str__(self) -> str:
         return f"{self.steps} steps"
@@ -53,6 +59,9 @@ class EverySeconds:
 
     def taken(self, step: int, now_s: float) -> None:
         self.last_s = now_s
+
+    def following(self, step: int) -> int:
+        return 0
 
     def __str__(self) -> str:
         return self.text

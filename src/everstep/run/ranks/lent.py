@@ -1,0 +1,48 @@
+"""What a rank above 0 has in the place of what only rank 0 has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from everstep.chain.history import Snapshot
+from everstep.chain.steplog import EndedJournal
+from everstep.format.record import StepRecord
+from everstep.keeper.base import Pending
+
+
+@dataclass(frozen=True)
+class LentLease:
+    """Rank 0's lease, by number: it is not this rank's to give away."""
+
+    number: int
+
+    def release(self) -> None:
+        """Does nothing."""
+
+
+class NoLog:
+    """Steps are logged by rank 0."""
+
+    def adopt(self) -> None:
+        """Does nothing."""
+
+    def append(self, step: StepRecord) -> None:
+        """Does nothing."""
+
+    def cut(self) -> list[EndedJournal]:
+        return []
+
+    def seal(self, journals: Sequence[EndedJournal]) -> None:
+        """Does nothing."""
+
+    def after(self, step: int) -> dict[int, StepRecord]:
+        return {}
+
+
+class OfAll(Pending):
+    """A snapshot of several ranks: that this one's part is stored does not make it durable."""
+
+    def finish(self, snapshot: Snapshot | None, error: BaseException | None = None) -> None:
+        if snapshot is not None or error is not None:
+            super().finish(snapshot, error)

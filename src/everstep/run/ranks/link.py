@@ -1,0 +1,325 @@
+"""How ranks reach each other: through the TCPStore that their job has anyway, on connections of their own.
+
+Nothing of the job's own communication is touched: no process group, no collective. Each thread has a
+connection, for a store's client serves one call after the other.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from everstep.errors import Mismatch, Unavailable, Unsupported
+from everstep.run.ranks import messages
+from everstep.run.ranks.hub import Hub, named
+from everstep.run.ranks.messages import End, Late, Lost, Message, Request
+
+WAIT_S = 600.0
+"""So long ranks wait for each other when a run is opened. EVERSTEP_RANKS_WAIT."""
+
+FOREVER = timedelta(days=20)
+"""Who listens waits as long as it takes (no more fits into torch's milliseconds); that the store is gone is
+noticed all the same."""
+
+STUCK_S = 10.0
+"""A request that was begun and not finished for so long is of a rank that is dead."""
+
+BEHIND = 64
+"""So many of the hub's last messages stay in the store, for ranks that are slow to hear them."""
+
+
+class KeyStore(Protocol):
+    """What is needed of torch's `Store`."""
+
+    def set(self, key: str, value: bytes) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def multi_get(self, keys: list[str]) -> list[bytes]: ...
+    def add(self, key: str, amount: int) -> int: ...
+    def check(self, keys: list[str]) -> bool: ...
+    def wait(self, keys: list[str], timeout: timedelta) -> None: ...
+    def delete_key(self, key: str) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """This process's place among the ranks of its job. `connect` gives a new connection to what they share.
+
+    Attributes:
+        rank, ranks: which of how many.
+    """
+
+    rank: int
+    ranks: int
+    connect: Callable[[], KeyStore]
+
+
+def job_of_many(environment: Mapping[str, str] | None = None) -> Job | None:
+    """The job of several ranks that this process is one of; None where it is alone.
+
+    The process group's store is used where there is one, else that of `torchrun`'s agent. Does not wait for
+    other ranks.
+
+    Raises:
+        Mismatch: there are several ranks, and no way to reach them yet.
+    """
+    found = os.environ if environment is None else environment
+    if dist.is_available() and dist.is_initialized():
+        if dist.get_world_size() == 1:
+            return None
+        store: Any = dist.distributed_c10d._get_default_store()
+        if not hasattr(store, "clone"):
+            raise Unsupported(
+                f"torch {torch.__version__} cannot be asked for a second connection to its store",
+                kept="nothing was touched",
+                next="pip install -U torch, or start the ranks by torchrun and open before "
+                "init_process_group()",
+            )
+        return Job(dist.get_rank(), dist.get_world_size(), store.clone)
+    ranks = found.get("WORLD_SIZE", "")
+    if ranks in ("", "1"):
+        return None
+    host, port = found.get("MASTER_ADDR", ""), found.get("MASTER_PORT", "")
+    if found.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not host or not port.isdigit():
+        raise Mismatch(
+            f"this is one of {ranks} processes of a job, and they cannot reach each other yet",
+            kept="nothing was touched",
+            next="torch.distributed.init_process_group() before everstep.open(), or start them by torchrun",
+        )
+    restarts = found.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+    def connect() -> KeyStore:
+        wait = timedelta(seconds=WAIT_S)
+        made = torch._C._distributed_c10d.TCPStore(host, int(port), None, False, wait, False)
+        prefixed: Any = torch._C._distributed_c10d.PrefixStore(f"everstep/{restarts}", made)
+        return prefixed  # type: ignore[no-any-return]
+
+    return Job(int(found["RANK"]), int(ranks), connect)
+
+
+class Link:
+    """What one rank says to all and hears of all, in one run. Numbers its words, so that several runs of a
+    job, one after the other or at once, are kept apart.
+
+    Args:
+        job: the rank's.
+        name: the run's: the same on all ranks, and on no other run.
+        wait_s: how long ranks wait for each other.
+    """
+
+    def __init__(self, job: Job, name: str, wait_s: float = WAIT_S) -> None:
+        self.rank, self.ranks = job.rank, job.ranks
+        self.wait_s = wait_s
+        self._job = job
+        self._name = name
+        self._store = job.connect()
+        self._shared: Counter[str] = Counter()
+        self._told = 0
+
+    def _key(self, *parts: object) -> str:
+        return "/".join(map(str, ("everstep", self._name, *parts)))
+
+    # -- while the run is opened and closed -----------------------------------------------------------------
+
+    def share(self, what: str, mine: bytes, wait_s: float | None = None) -> list[bytes]:
+        """What each rank gives, in the order of ranks. Blocks until all have given something for the same
+        `what`, for the same time since the run was opened.
+
+        Raises:
+            Unavailable: some did not for `wait_s` seconds; they are named.
+        """
+        wait_s = self.wait_s if wait_s is None else wait_s
+        self._shared[what] += 1
+        keys = [self._key("s", what, self._shared[what], rank) for rank in range(self.ranks)]
+        try:
+            self._store.set(keys[self.rank], b"+" + mine)
+            self._store.wait(keys, timedelta(seconds=wait_s))
+            return [data[1:] for data in self._store.multi_get(keys)]
+        except (RuntimeError, ConnectionError) as error:
+            raise self._silent(keys, what, wait_s) from error
+
+    def tell(self, data: bytes) -> None:
+        """Rank 0 says something to all others."""
+        self._told += 1
+        self._store.set(self._key("t", self._told), data)
+
+    def told(self) -> bytes:
+        """What rank 0 says next. Blocks until it does. Raises Unavailable where it does not in time."""
+        self._told += 1
+        key = self._key("t", self._told)
+        try:
+            self._store.wait([key], timedelta(seconds=self.wait_s))
+            return self._store.get(key)
+        except (RuntimeError, ConnectionError) as error:
+            raise self._silent([key], "going on", self.wait_s) from error
+
+    def _silent(self, keys: list[str], what: str, wait_s: float) -> Unavailable:
+        silent = [rank for rank, key in enumerate(keys) if not self._is_there(key)]
+        return Unavailable(
+            f"{named(silent)} of {self.ranks} did not answer for {wait_s:.0f} s, for which {what!r} waits",
+            kept="nothing was touched; the snapshots of the chain are intact",
+            next="look at what those processes say; EVERSTEP_RANKS_WAIT sets another time",
+        )
+
+    def _is_there(self, key: str) -> bool:
+        try:
+            return self._store.check([key])
+        except (RuntimeError, ConnectionError):
+            return False
+
+    # -- while it trains ------------------------------------------------------------------------------------
+
+    def start(
+        self, round: int, hear: Callable[[Message], None], broken: Callable[[str], None], late_s: float
+    ) -> Talk:
+        """Begin to talk with the hub, which is rank 0's, for the `round`th time. `hear` and `broken` are
+        called in a thread."""
+        return Talk(self._job, self._key("h", round), hear, broken, late_s)
+
+
+class Talk:
+    """The threads that carry requests to the hub and its messages to all ranks; rank 0 has the hub.
+
+    A thread that waits for a message cannot be woken but by one: so all end when rank 0 says `End`, or with
+    the process.
+
+    Args:
+        hear: is told what the hub says, in the order in which it says it.
+        broken: is told, once, why nothing more can be heard.
+        late_s: for so long the hub waits for promises.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        prefix: str,
+        hear: Callable[[Message], None],
+        broken: Callable[[str], None],
+        late_s: float,
+    ) -> None:
+        self._prefix = prefix
+        self._hear = hear
+        self._broken = broken
+        self._late_s = late_s
+        self._ended = threading.Event()
+        self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._job = job
+        self._hub = Hub(job.ranks) if job.rank == 0 else None
+        self._serving = 0
+        """The number of the request that the hub waits for."""
+        targets: list[tuple[str, Callable[[KeyStore], None]]] = [
+            ("say", self._say_all),
+            ("hear", self._hear_all),
+            *([("hub", self._serve)] if self._hub is not None else []),
+        ]
+        for name, target in targets:
+            store = job.connect()
+            thread = threading.Thread(
+                target=self._run, args=(target, store), name=f"everstep-{name}", daemon=True
+            )
+            thread.start()
+
+    def post(self, request: Request) -> None:
+        """Does not block."""
+        self._requests.put(request)
+
+    def end(self) -> None:
+        """Rank 0's: nobody is to be heard any more. The others end when they hear it."""
+        if self._hub is not None:
+            self.post(End())
+        self._requests.put(None)
+
+    def _run(self, target: Callable[[KeyStore], None], store: KeyStore) -> None:
+        try:
+            target(store)
+        except (RuntimeError, ConnectionError, OSError) as error:
+            # The store is gone: with rank 0, or with torchrun's agent, and soon with this process.
+            if not self._ended.is_set():
+                self._ended.set()
+                self._broken(str(error).splitlines()[0] if str(error) else type(error).__name__)
+
+    def _say_all(self, store: KeyStore) -> None:
+        while (request := self._requests.get()) is not None:
+            number = store.add(f"{self._prefix}/n", 1)
+            store.set(f"{self._prefix}/r/{number}", messages.encode(request))
+
+    def _hear_all(self, store: KeyStore) -> None:
+        number = 0
+        while True:
+            number += 1
+            key = f"{self._prefix}/m/{number}"
+            store.wait([key], FOREVER)
+            message = messages.message(store.get(key))
+            if isinstance(message, End):
+                self._ended.set()
+                return
+            self._hear(message)
+
+    # -- rank 0 ---------------------------------------------------------------------------------------------
+
+    def _serve(self, store: KeyStore) -> None:
+        hub = self._hub
+        assert hub is not None
+        said = 0
+        while True:
+            self._serving += 1
+            key = f"{self._prefix}/r/{self._serving}"
+            store.wait([key], FOREVER)
+            request = messages.request(store.get(key))
+            store.delete_key(key)
+            began = hub.number
+            gathered = hub.gathers
+            for message in hub.hear(request):
+                said += 1
+                store.set(f"{self._prefix}/m/{said}", messages.encode(message))
+                if said > BEHIND:
+                    store.delete_key(f"{self._prefix}/m/{said - BEHIND}")
+            if hub.gathers and (not gathered or hub.number != began):
+                self._set_alarm(hub.number)
+            if isinstance(request, End):
+                return
+
+    def _set_alarm(self, number: int) -> None:
+        _later(self._late_s, lambda: self.post(Late(number)))
+        _later(self._late_s + STUCK_S, lambda: self._go_on(self._serving, number))
+
+    def _go_on(self, serving: int, number: int) -> None:
+        """A rank that died between taking a number for its request and making it has left a gap, at which the
+        hub would wait for ever."""
+        hub = self._hub
+        if hub is None or not hub.gathers or hub.number != number or self._ended.is_set():
+            return
+        _later(STUCK_S, lambda: self._fill_gap(serving))
+
+    def _fill_gap(self, serving: int) -> None:
+        with suppress(RuntimeError, ConnectionError):
+            store = self._job.connect()
+            if serving == self._serving and store.add(f"{self._prefix}/n", 0) >= serving:
+                store.set(f"{self._prefix}/r/{serving}", messages.encode(Lost()))
+
+
+def _later(seconds: float, action: Callable[[], None]) -> None:
+    timer = threading.Timer(seconds, action)
+    timer.daemon = True
+    timer.name = "everstep-late"
+    timer.start()
+
+
+def unique(name: str, opened: dict[str, int]) -> str:
+    """A name for a run of this process that the other ranks come to, too: they open the same ones in the same
+    order."""
+    opened[name] = opened.get(name, 0) + 1
+    return f"{name}#{opened[name]}"
+
+
+OPENED: dict[str, int] = {}
+"""How many runs of a name this process has opened."""
