@@ -850,7 +850,7 @@ def variables(text: str) -> set[str]:
     return set(re.findall(r"\bEVERSTEP_[A-Z]+(?:_[A-Z]+)*\b", text))
 
 
-NOT_ARGUMENTS = {"keeper", "paranoid", "replica_wait"}
+NOT_ARGUMENTS = {"keeper", "paranoid", "replica_wait", "ranks_wait", "ranks_hold", "ranks_parts"}
 """Settings that only a variable changes."""
 
 
@@ -868,6 +868,9 @@ def test_variables_are_documented(path: Path) -> None:
             "keeper": "thread",
             "unsafe_single_writer": "1",
             "replica_wait": "5",
+            "ranks_wait": "5",
+            "ranks_hold": "5",
+            "ranks_parts": "5",
             "scrub": "20MB/s",
         }.get(name, "all")
         changed = Settings("a").overridden({variable: value})

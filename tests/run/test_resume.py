@@ -317,7 +317,7 @@ def test_names_of_our_own(tmp_path: Path) -> None:
 def test_many_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(Mismatch, match="one of 4 processes of a job, and they cannot reach each other yet"):
-        Training().open(tmp_path / "new")
+        everstep.open(tmp_path / "new", model=torch.nn.Linear(1, 1))
     assert not (tmp_path / "new").exists()
 
 
