@@ -214,6 +214,10 @@ class Pending:
         left = None if timeout is None else max(0.0, timeout - (time.monotonic() - begun))
         return self.standings.reach(self._snapshot, where, left)
 
+    def settled(self, timeout: float | None = None) -> bool:
+        """Wait until it is durable or has failed; False when `timeout` seconds were not enough."""
+        return self._done.wait(timeout)
+
     def release(self) -> None:
         self._released.set()
 

@@ -297,10 +297,17 @@ class RunOfMany(Run):
         try:
             super()._end(last, replica_wait_s)
         finally:
+            self._hear_of_last()
             self._together.end()
             pending, self._wanted = self._wanted, None
             if pending is not None:
                 pending.finish(None, Mismatch("the run was closed before the ranks had agreed on a step"))
+
+    def _hear_of_last(self) -> None:
+        """Wait until rank 0 has said what became of what it was given."""
+        pending = self._takes.get(self._last_number)
+        if pending is not None and not self._together.leads:
+            pending.settled(self._together.patience.parts_s)
 
 
 def _told(outcome: Outcome) -> Became:

@@ -16,6 +16,9 @@ AHEAD_S = 0.05
 
 MAX_AHEAD_STEPS = 1024
 
+PACE_S = 4 * AHEAD_S
+"""How fast steps are is measured over so much time or more."""
+
 HOLD_S = 2.0
 """A rank waits no longer than this at the end of a step for a decision. EVERSTEP_RANKS_HOLD."""
 
@@ -154,9 +157,10 @@ class Agreement:
     def _measure(self) -> None:
         before, then = self._pace
         now = self._clock()
-        if self._step > before and now > then:
-            wanted = math.ceil((self._step - before) / (now - then) * AHEAD_S)
-            self._ahead = min(max(wanted, 1), MAX_AHEAD_STEPS)
+        if now - then < PACE_S:
+            return
+        wanted = math.ceil((self._step - before) / (now - then) * AHEAD_S)
+        self._ahead = min(max(wanted, 1), MAX_AHEAD_STEPS)
         self._pace = (self._step, now)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +35,10 @@ noticed all the same."""
 
 STUCK_S = 10.0
 """A request that was begun and not finished for so long is of a rank that is dead."""
+
+END_S = 10.0
+"""A thread that a process ends while it waits for a store may take the process with it: so threads are waited
+for where they can end."""
 
 BEHIND = 64
 """So many of the hub's last messages stay in the store, for ranks that are slow to hear them."""
@@ -221,11 +227,13 @@ class Talk:
             ("hear", self._hear_all),
             *([("hub", self._serve)] if self._hub is not None else []),
         ]
-        for name, target in targets:
-            store = job.connect()
-            thread = threading.Thread(
-                target=self._run, args=(target, store), name=f"everstep-{name}", daemon=True
+        self._threads = [
+            threading.Thread(
+                target=self._run, args=(target, job.connect()), name=f"everstep-{name}", daemon=True
             )
+            for name, target in targets
+        ]
+        for thread in self._threads:
             thread.start()
 
     def post(self, request: Request) -> None:
@@ -233,10 +241,15 @@ class Talk:
         self._requests.put(request)
 
     def end(self) -> None:
-        """Rank 0's: nobody is to be heard any more. The others end when they hear it."""
+        """Nobody is heard any more. Blocks until rank 0 has ended all; no longer than `END_S`, for there
+        may be no rank 0 any more."""
         if self._hub is not None:
             self.post(End())
         self._requests.put(None)
+        until = time.monotonic() + END_S
+        for thread in self._threads:
+            thread.join(max(until - time.monotonic(), 0.0))
+        self._ended.set()
 
     def _run(self, target: Callable[[KeyStore], None], store: KeyStore) -> None:
         try:
@@ -251,6 +264,8 @@ class Talk:
         while (request := self._requests.get()) is not None:
             number = store.add(f"{self._prefix}/n", 1)
             store.set(f"{self._prefix}/r/{number}", messages.encode(request))
+            if self._hub is not None:
+                _later(STUCK_S, partial(self._look_after, number))
 
     def _hear_all(self, store: KeyStore) -> None:
         number = 0
@@ -290,21 +305,23 @@ class Talk:
 
     def _set_alarm(self, number: int) -> None:
         _later(self._late_s, lambda: self.post(Late(number)))
-        _later(self._late_s + STUCK_S, lambda: self._go_on(self._serving, number))
 
-    def _go_on(self, serving: int, number: int) -> None:
+    def _look_after(self, number: int) -> None:
         """A rank that died between taking a number for its request and making it has left a gap, at which the
-        hub would wait for ever."""
-        hub = self._hub
-        if hub is None or not hub.gathers or hub.number != number or self._ended.is_set():
-            return
-        _later(STUCK_S, lambda: self._fill_gap(serving))
+        hub would wait for ever. Rank 0's own requests, this one, tell of it."""
+        at = self._serving
+        if at <= number and not self._ended.is_set():
+            _later(STUCK_S, lambda: self._fill_gap(at, number))
 
-    def _fill_gap(self, serving: int) -> None:
+    def _fill_gap(self, at: int, number: int) -> None:
+        if at != self._serving or self._ended.is_set():
+            return
         with suppress(RuntimeError, ConnectionError):
             store = self._job.connect()
-            if serving == self._serving and store.add(f"{self._prefix}/n", 0) >= serving:
-                store.set(f"{self._prefix}/r/{serving}", messages.encode(Lost()))
+            key = f"{self._prefix}/r/{at}"
+            if not store.check([key]):
+                store.set(key, messages.encode(Lost()))
+        self._look_after(number)
 
 
 def _later(seconds: float, action: Callable[[], None]) -> None:
