@@ -99,3 +99,27 @@ def optimizer_parameters(objects: Mapping[str, object]) -> dict[str, list[str]]:
         name: [names.get(id(one), "") for one in trained(optimizer)]
         for name, optimizer in optimizers(objects).items()
     }
+
+
+def state_names(objects: Mapping[str, object]) -> dict[str, list[str | int]]:
+    """By what the state of each optimizer's parameters is kept where there are many ranks, which need not
+    have the same numbers of them: the parameter's name in its module where that is unambiguous among all
+    modules, else with the module's own name before it; its number where no module has it."""
+    short: dict[str, set[int]] = {}
+    names: dict[int, tuple[str, str]] = {}
+    for module_name, module in modules(objects).items():
+        for name, parameter in module.named_parameters():
+            key = module_key(name)
+            short.setdefault(key, set()).add(id(parameter))
+            names.setdefault(id(parameter), (key, f"{module_name}.{key}"))
+
+    def name_of(number: int, parameter: torch.Tensor) -> str | int:
+        if id(parameter) not in names:
+            return number
+        key, full = names[id(parameter)]
+        return key if len(short[key]) == 1 else full
+
+    return {
+        name: [name_of(number, one) for number, one in enumerate(trained(optimizer))]
+        for name, optimizer in optimizers(objects).items()
+    }
