@@ -88,6 +88,14 @@ def local(tensor: Any) -> Any:
         return tensor.to_local().detach()
 
 
+def sharded_like(own: torch.Tensor, like: DTensor) -> DTensor:
+    """A DTensor of which this rank holds `own`, placed like another of the same shape. Nobody is asked."""
+    made: DTensor = type(like).from_local(
+        own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return made
+
+
 def spec_of(path: str, tensor: DTensor, rank: int) -> Spec:
     """How a DTensor is spread, of which this process, `rank`, holds a part.
 

@@ -212,6 +212,20 @@ def renamed(tree: Value, names: Mapping[str, str]) -> Value:
     return tree
 
 
+def located(path: str, tree: Value) -> Iterator[tuple[str, str]]:
+    """Where each leaf of a values tree is, as `flatten` names it, and its name: another where that is a rank's
+    own, or belongs to a parameter that has a number here."""
+    kind = type(tree)
+    if kind is Leaf:
+        yield path, tree.name
+    elif kind in _MAPPINGS:
+        for key, item in tree.items():
+            yield from located(join(path, key), item)
+    elif kind in _SEQUENCES or kind is deque:
+        for number, item in enumerate(tree):
+            yield from located(join(path, number), item)
+
+
 def leaf_names(tree: Value) -> Iterator[str]:
     """The names of all leaves of a values tree, in order."""
     kind = type(tree)
