@@ -22,12 +22,10 @@ from blake3 import blake3
 
 from everstep.errors import Damaged
 from everstep.format.layout import Kin, item_bytes
+from everstep.format.manifest import OWN
 from everstep.state.sharding import Box, Shape, Spec, boxes_of, elements, table, whole
 from everstep.state.spreading import Holders, level, spread
 from everstep.state.world import World
-
-OWN = "~rank/"
-"""Names of leaves that only one rank can make sense of begin so, and with its number: no path does."""
 
 _DIGEST_BYTES = 16
 _MAX_ANSWER_BYTES = 64 * 1024 * 1024

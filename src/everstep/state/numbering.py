@@ -1,7 +1,7 @@
 """The state of an optimizer by the numbers of its parameters, as torch has it, out of one by names.
 
-Of many ranks each has its own parameters, so that a number means nothing to another; of one rank the state is kept
-as torch tells it.
+Of many ranks each has its own parameters, so that a number means nothing to another; of one rank the state
+is kept as torch tells it.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def numbered(
     Args:
         name: the optimizer's.
         saved: the values tree of a state, by names or by numbers.
-        of_numbers: what the parameters with these numbers are called, with the module's name; "" where it is not
-            known.
+        of_numbers: what the parameters with these numbers are called, with the module's name; "" where it
+            is not known.
         live: of each group of the optimizer, its parameters: their names in their modules, and these with the
             module's name. Both are "" for one that no module has.
 

@@ -104,8 +104,8 @@ def optimizer_parameters(objects: Mapping[str, object]) -> dict[str, list[str]]:
 
 
 def both_names(objects: Mapping[str, object]) -> dict[str, list[list[tuple[str, str]]]]:
-    """Of each group of each optimizer the names of its parameters: in their module, and with the module's name
-    before it. Both are empty for a parameter that no module has."""
+    """Of each group of each optimizer the names of its parameters: in their module, and with the module's
+    name before it. Both are empty for a parameter that no module has."""
     names: dict[int, tuple[str, str]] = {}
     for module_name, module in modules(objects).items():
         for name, parameter in module.named_parameters():
@@ -118,9 +118,9 @@ def both_names(objects: Mapping[str, object]) -> dict[str, list[list[tuple[str, 
 
 
 def state_names(objects: Mapping[str, object]) -> dict[str, list[str | int]]:
-    """By what the state of each optimizer's parameters is kept where there are many ranks, which need not have
-    the same numbers of them: the parameter's name in its module where that is unambiguous among all modules, else
-    with the module's own name before it; its number where no module has it."""
+    """By what the state of each optimizer's parameters is kept where there are many ranks, which need not
+    have the same numbers of them: the parameter's name in its module where that is unambiguous among all
+    modules, else with the module's own name before it; its number where no module has it."""
     count = Counter(
         module_key(name) for module in modules(objects).values() for name, _ in module.named_parameters()
     )

@@ -3,9 +3,9 @@
 First everything is held against the live objects, with nothing touched; then the bytes are read, straight
 into the memory of the live tensors where that is possible, so that no second copy of a model is needed.
 
-Of many ranks each brings back what its own objects ask for: of a DTensor its part, whoever has stored that. As many
-ranks as have taken the snapshot get all that was each one's own; others what can be made of it, and a reason why
-that is not all (`_Restoration.moved`).
+Of many ranks each brings back what its own objects ask for: of a DTensor its part, whoever has stored that.
+As many ranks as have taken the snapshot get all that was each one's own; others what can be made of it, and
+a reason why that is not all (`_Restoration.moved`).
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def restore(
         strict: refuse what is missing or surplus; otherwise leave it as it is and say so in `approximate`. Of
             many ranks what is surplus is another's.
         world: the ranks that train together now, and which of them this is.
-        part: of a snapshot of N ranks the manifest of rank number `world.rank` modulo N: what was that rank's own
-            is this one's now.
+        part: of a snapshot of N ranks the manifest of rank number `world.rank` modulo N: what was that
+            rank's own is this one's now.
 
     Raises:
         Mismatch: something does not fit; the message names it, and nothing was touched.
@@ -171,8 +171,8 @@ class _Restoration:
         )
 
     def _choose(self, objects: Mapping[str, object]) -> None:
-        """Whose values count: this rank's own where there are as many ranks as there were. Else those of all, but
-        what is neither a module's nor an optimizer's is the business of each rank."""
+        """Whose values count: this rank's own where there are as many ranks as there were. Else those of
+        all, but what is neither a module's nor an optimizer's is the business of each rank."""
         if self.own is self.whole:
             return
         for name in self.saved:
@@ -262,8 +262,8 @@ class _Restoration:
         self.approximate.append(problem)
 
     def _check_parameters(self, objects: Mapping[str, object]) -> None:
-        """Optimizer state is by number: the order of the parameters must be the one it was saved in. Where it is
-        by name, of many ranks, or is to be, it gets the numbers that it has here."""
+        """Optimizer state is by number: the order of the parameters must be the one it was saved in. Where
+        it is by name, of many ranks, or is to be, it gets the numbers that it has here."""
         saved = self.run_part.get("parameters")
         for name, live in optimizer_parameters(objects).items():
             before = saved.get(name, live) if type(saved) is dict else live

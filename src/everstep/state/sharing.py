@@ -12,8 +12,9 @@ from typing import TypeAlias
 import torch
 from blake3 import blake3
 
+from everstep.format.manifest import OWN
 from everstep.state.copying import bytes_of
-from everstep.state.holding import OWN, Held, Holdings, Offer, Row, find_out, own_name
+from everstep.state.holding import Held, Holdings, Offer, Row, find_out, own_name
 from everstep.state.samples import Samples
 from everstep.state.sharding import (
     Box,
@@ -148,9 +149,10 @@ class _Making:
         held = self.holdings.held.get(leaf)
         if leaf.startswith(OWN):
             self.leaves[leaf] = local(tensor)
-        elif held is None or not _is_still(held, tensor, self.rank):
-            self.fits = self.fits and held is None and not is_steady
-            if held is not None and not is_steady:
+        elif held is None or held.row.own or not _is_still(held, tensor, self.rank):
+            expected = held is None or held.row.own
+            self.fits = self.fits and expected and (held is not None or not is_steady)
+            if not expected and not is_steady:
                 self.restless.add(leaf)
             self.names[leaf] = own_name(self.rank, leaf)
             self.leaves[self.names[leaf]] = local(tensor)

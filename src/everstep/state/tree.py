@@ -213,8 +213,8 @@ def renamed(tree: Value, names: Mapping[str, str]) -> Value:
 
 
 def located(path: str, tree: Value) -> Iterator[tuple[str, str]]:
-    """Where each leaf of a values tree is, as `flatten` names it, and its name: another where that is a rank's
-    own, or belongs to a parameter that has a number here."""
+    """Where each leaf of a values tree is, as `flatten` names it, and its name: another where that is a
+    rank's own, or belongs to a parameter that has a number here."""
     kind = type(tree)
     if kind is Leaf:
         yield path, tree.name
