@@ -247,6 +247,7 @@ class Terms:
     rank: int = 0
     ranks: int = 1
     deadline_s: float = 600.0
+    part: str = ""
 
 
 @dataclass(eq=False)
@@ -263,6 +264,7 @@ class Job:
     journals: Sequence[EndedJournal] = ()
     pending: Pending = field(default_factory=Pending)
     take: int = 0
+    look: bool = False
 
 
 @dataclass(frozen=True)
@@ -280,10 +282,14 @@ class Outcome:
 @dataclass(frozen=True)
 class Held:
     """A snapshot that lies in an arena: the regions of its manifest one after the other, each at the next
-    multiple of 4096. Its bytes are to be verified against the manifest by whoever uses them."""
+    multiple of 4096. Its bytes are to be verified against the manifest by whoever uses them.
+
+    What a keeper holds of one of several ranks is a part, which it cannot tell the snapshot of: it has
+    `manifest`, the name of the part's, and `snapshot` is ""."""
 
     snapshot: str
     memory: memoryview
+    manifest: str = ""
 
 
 class Keeper(Protocol):

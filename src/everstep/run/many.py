@@ -18,16 +18,21 @@ from everstep.run import resume
 from everstep.run.ranks.agreement import Declined, Due
 from everstep.run.ranks.lent import OfAll
 from everstep.run.ranks.link import job_of_many
-from everstep.run.ranks.messages import Became, Wish
+from everstep.run.ranks.messages import MAX_TEXT, Became, Wish
 from everstep.run.ranks.together import Patience, Together
 from everstep.run.session import Clock, Run
 from everstep.run.settings import Settings
 from everstep.run.signals import EXIT_STATUS
 from everstep.run.starting import Return, Start
+from everstep.state.collecting import Collected
+from everstep.state.sharing import have_parted
 from everstep.state.workers import let_workers_end_with_the_process
+from everstep.state.world import World
 
 PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
 """After a rank did not answer, triggers rest for so long; twice as long each time."""
+
+PARTED = "what several ranks held alike is not alike any more; the next snapshot keeps each rank's own"
 
 LEAVE_S = 20.0
 """A rank that was asked to stop waits no longer than this for the others to agree on a last snapshot."""
@@ -77,11 +82,25 @@ class RunOfMany(Run):
         self._rests_until = 0.0
         self._pause_s = PAUSE_S
         self._stop_asked_at: float | None = None
-        self._last_number = 0
+        self._last: Due | None = None
+        self._fits = False
+        """Whether all ranks have found out who holds what, and this one still holds the same."""
+        self._anew = ""
+        """Under which key they do it now."""
+        self._lacking = False
+        """Whether the take before did not become a snapshot."""
         self._skipped = 0
         sink = sink or _of_rank(ranks.rank, default_sink())
         super().__init__(
-            settings, objects, loader, config=config, sink=sink, clock=clock, chains=chains, ranks=ranks
+            settings,
+            objects,
+            loader,
+            config=config,
+            sink=sink,
+            clock=clock,
+            chains=chains,
+            ranks=ranks,
+            world=World(ranks.rank, ranks.ranks, ranks.link),
         )
 
     # -- opening ------------------------------------------------------------------------------------------
@@ -126,11 +145,17 @@ class RunOfMany(Run):
 
     def _terms_of_rank(self, terms: Terms) -> Terms:
         ranks = self._together
-        return replace(terms, rank=ranks.rank, ranks=ranks.ranks, deadline_s=ranks.patience.parts_s)
+        named = self.chain.snapshot(terms.parent).record.manifests if terms.parent else ()
+        part = named[ranks.rank] if len(named) == ranks.ranks else ""
+        parts_s = ranks.patience.parts_s
+        return replace(terms, rank=ranks.rank, ranks=ranks.ranks, deadline_s=parts_s, part=part)
 
     def _begin(self, held: list[Held], start: Start | Return | None) -> None:
         super()._begin(held, start)
-        self._together.start(self._steps, lambda: self._taking.has_room, self._became, self._warn)
+        self._fits = False
+        self._together.start(
+            self._steps, lambda: self._taking.has_room, lambda: self._fits, self._became, self._warn
+        )
 
     # -- the loop -----------------------------------------------------------------------------------------
 
@@ -155,14 +180,55 @@ class RunOfMany(Run):
             self._takes[due.number] = pending
         self._asked_time = False
         self._pause_s = PAUSE_S
-        if not self._take(wish.trigger, wish.note, pending, overlap=not wish.stop, number=due.number):
-            self._withdraw(due.number, wish)
+        self._take_of_all(due, pending)
         if wish.stop:
             self._leave(wish.trigger)
 
+    def _take_of_all(self, due: Due, pending: Pending | None) -> None:
+        """This rank's part of what all take now."""
+        wish, self._anew = due.wish, f"take {due.number}" if due.anew else ""
+        self._taking.look, self._lacking = self._lacking, False
+        try:
+            taken = self._take(wish.trigger, wish.note, pending, overlap=not wish.stop, number=due.number)
+        except Unavailable as error:  # Other ranks did not come to find out who holds what.
+            taken = False
+            self._emit(Warned(f"no snapshot of step {self._steps}: {error}"))
+        finally:
+            self._anew = ""
+        if not taken:
+            self._withdraw(due.number, wish)
+
     def _withdraw(self, number: int, wish: Wish) -> None:
-        occasion = self._occasion(wish.trigger, wish.note, None, False, number)
-        self._taking.withdraw(occasion)
+        self._lacking = True
+        self._taking.withdraw(self._occasion(wish.trigger, wish.note, None, False, number))
+
+    def _collect(self, anew: str = "") -> Collected:
+        collected = super()._collect(anew or self._anew)
+        self._fits = collected.fits
+        return collected
+
+    def _prepare(self) -> None:
+        """Ranks come here when the same step is over, and find out then who holds what."""
+        ready = not self._prepared and self._has_optimizer_state
+        if ready and not self._fits:
+            try:
+                self._collect("the first step")
+            except Unavailable as error:
+                self._emit(Warned(f"the ranks do not know yet who holds what: {error}"))
+        super()._prepare()
+
+    def _agree_of(self, number: int) -> Callable[[bytes], str]:
+        def agree(sample: bytes) -> str:
+            try:
+                parted = have_parted(self._together.samples(number, sample))
+            except Unavailable as error:
+                return error.problem
+            if not parted:
+                return ""
+            self._together.became(Became(number, problem=PARTED, parted=True))
+            return PARTED
+
+        return agree
 
     def _not_taken(self, one: Declined) -> None:
         self._asked_time = False
@@ -256,6 +322,8 @@ class RunOfMany(Run):
 
     def _became(self, became: Became) -> None:
         """In the thread that hears rank 0."""
+        self._fits = self._fits and not became.parted
+        self._lacking = self._lacking or bool(became.problem)
         pending = self._takes.pop(became.number, None)
         if self._together.leads:
             return
@@ -283,15 +351,16 @@ class RunOfMany(Run):
         self._taking.wait()
         wanted = not self._inside_a_step() and self._steps > 0 and self._taking.taken_step != self._steps
         try:
-            self._last_number = self._together.last(self._steps, wanted or self._wanted is not None)
+            self._last = self._together.last(self._steps, wanted or self._wanted is not None)
         except Unavailable as error:
             self._emit(Failed(self._steps, f"no last snapshot: {error}"))
-        self._end(last=self._last_number > 0)
+        self._end(last=self._last is not None)
 
     def _take_last(self) -> None:
+        assert self._last is not None
         pending, self._wanted = self._wanted or self._new_pending(), None
-        self._takes[self._last_number] = pending
-        self._take("close", pending=pending, number=self._last_number)
+        self._takes[self._last.number] = pending
+        self._take_of_all(self._last, pending)
 
     def _end(self, last: bool, replica_wait_s: float | None = None) -> None:
         try:
@@ -305,7 +374,7 @@ class RunOfMany(Run):
 
     def _hear_of_last(self) -> None:
         """Wait until rank 0 has said what became of what it was given."""
-        pending = self._takes.get(self._last_number)
+        pending = self._takes.get(self._last.number) if self._last is not None else None
         if pending is not None and not self._together.leads:
             pending.settled(self._together.patience.parts_s)
 
@@ -314,7 +383,7 @@ def _told(outcome: Outcome) -> Became:
     if outcome.snapshot is not None:
         return Became(outcome.job.take, outcome.snapshot.id, record.encode(outcome.snapshot.record))
     problem = outcome.error.problem if isinstance(outcome.error, EverstepError) else repr(outcome.error)
-    return Became(outcome.job.take, problem=problem[:4096] or "it failed", again=outcome.again)
+    return Became(outcome.job.take, problem=problem[:MAX_TEXT] or "it failed")
 
 
 def _of_rank(rank: int, sink: Sink) -> Sink:

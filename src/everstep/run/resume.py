@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from everstep.chain import held as arenas
-from everstep.chain.history import Chain, Point, Snapshot
+from everstep.chain.history import Chain, Point, Snapshot, joined
 from everstep.chain.reader import Reader, Target
-from everstep.errors import Damaged, Mismatch, NotFound, Unsupported
+from everstep.errors import Damaged, Mismatch, NotFound
 from everstep.events import Sink, Skipped, size
 from everstep.format.manifest import Manifest
 from everstep.keeper.base import Held
 from everstep.state.restore import Restored, restore
+from everstep.state.world import World
 
 
 @dataclass(frozen=True)
@@ -97,16 +98,22 @@ def _at(chain: Chain, point: Point, restore: Restore) -> Resumption:
 
 
 def restored(
-    chain: Chain, snapshot: Snapshot, objects: Mapping[str, object], strict: bool, held: Sequence[Held]
+    chain: Chain,
+    snapshot: Snapshot,
+    objects: Mapping[str, object],
+    strict: bool,
+    held: Sequence[Held],
+    world: World,
 ) -> Resumption:
     """Restore the objects from one snapshot; where it is `held` in an arena it is taken from there, verified,
     and from the store where it is not. Raises as `bring_back` does."""
-    if len(snapshot.record.manifests) != 1:
-        raise Unsupported(
-            f"snapshot {snapshot.short} was taken by several ranks, which this version cannot join"
-        )
-    manifest = chain.manifest(snapshot)
-    arena = next((one.memory for one in held if one.snapshot == snapshot.id), None)
+    parts = chain.manifests(snapshot)
+    manifest = joined(snapshot, parts)
+    mine = world.rank % len(parts)
+    name = snapshot.record.manifests[mine]
+    arena = next((one.memory for one in held if snapshot.id == one.snapshot or name == one.manifest), None)
+    first = sum(len(part.regions) for part in parts[:mine])
+    own = range(first, first + len(parts[mine].regions))
     reader = Reader(chain.store)
     remarks: list[str] = []
 
@@ -116,13 +123,15 @@ def restored(
         nonlocal taken
         wanted = [Target(*target) for target in targets]
         if arena is not None:
-            left = arenas.fill(manifest, arena, wanted)
+            here = [replace(one, region=one.region - first) for one in wanted if one.region in own]
+            left = arenas.fill(parts[mine], arena, here)
             lost = sum(len(target.buffer) for target in left)
-            taken += sum(len(target.buffer) for target in wanted) - lost
+            taken += sum(len(target.buffer) for target in here) - lost
             if lost:
                 remarks.append(f"{size(lost)} in the keeper's memory were not the snapshot's any more")
-            wanted = left
+            wanted = [one for one in wanted if one.region not in own]
+            wanted += [replace(one, region=one.region + first) for one in left]
         remarks.extend(reader.fill(manifest, wanted))
 
-    state = restore(manifest, fill, objects, strict=strict)
+    state = restore(manifest, fill, objects, strict=strict, world=world, part=parts[mine])
     return Resumption(snapshot, manifest, state, tuple(remarks), taken > 0, reader.got_round)

@@ -55,6 +55,7 @@ from everstep.state.data import Track, track
 from everstep.state.objects import modules, named, optimizers
 from everstep.state.restore import is_plain
 from everstep.state.workers import let_workers_end_with_the_process, need_no_worker
+from everstep.state.world import World
 from everstep.store.base import Redundant, Store, Sweeping
 from everstep.store.replicated import ReplicatedStore
 from everstep.store.urls import open_store
@@ -84,6 +85,7 @@ class Run:
         clock: Clock = time.monotonic,
         chains: type[Chain] = Chain,
         ranks: Ranks | None = None,
+        world: World | None = None,
     ) -> None:
         """Open the chain (as one of `chains`), become its writer, and bring the objects back to where the run
         stopped.
@@ -109,7 +111,8 @@ class Run:
         self._unfinished: deque[tuple[StepRecord, dict[str, Reading]]] = deque()
         self._last_metrics: dict[str, float] = {}
         self._asked: list[tuple[Pending, str]] = []
-        self._collector = Collector()
+        self._world = world or World.alone()
+        self._collector = Collector(self._world)
         self._prepared = False
         self._hooks: list[RemovableHandle] = []
         self._stepping = False
@@ -281,7 +284,7 @@ class Run:
 
     def _restored(self, held: list[Held], chain: Chain, snapshot: Snapshot) -> resume.Resumption:
         """The objects as one snapshot has them."""
-        return resume.restored(chain, snapshot, self._objects, self._settings.strict, held)
+        return resume.restored(chain, snapshot, self._objects, self._settings.strict, held, self._world)
 
     def _resumption(self, restored: resume.Restore) -> resume.Resumption | None:
         """The objects as the snapshot has them that the branch goes on from."""
@@ -554,11 +557,16 @@ class Run:
 
     def _prepare(self) -> None:
         """Have memory made once it is known how much."""
-        if not self._prepared and len(self._accumulating) < max(1, len(optimizers(self._objects))):
+        if not self._prepared and self._has_optimizer_state:
             # Only now have the optimizers their state, and is it known how much memory that takes. After a
             # resume it was known before; but to take it then would slow down what the run begins with.
             self._taking.prepare(self._collect())
             self._prepared = True
+
+    @property
+    def _has_optimizer_state(self) -> bool:
+        """Whether an optimizer has taken the step that is over, or there is none to take one."""
+        return len(self._accumulating) < max(1, len(optimizers(self._objects)))
 
     def _signalled(self, name: str) -> None:
         """The loader's workers may have got the signal too, and be dead."""
@@ -631,7 +639,20 @@ class Run:
             origin=self._origin,
         )
         overlap = overlap and self._settings.overlap
-        return Occasion(facts, self._collect, self._log.cut, self._metrics(), pending, overlap, number)
+        return Occasion(
+            facts,
+            self._collect,
+            self._log.cut,
+            self._metrics(),
+            pending,
+            overlap,
+            number,
+            self._agree_of(number),
+        )
+
+    def _agree_of(self, number: int) -> Callable[[bytes], str]:
+        """See `Occasion.agree`."""
+        return lambda sample: ""
 
     def _metrics(self) -> Callable[[], dict[str, Number]]:
         """Those of the newest step, which an accelerator may still be at work on."""
@@ -641,7 +662,7 @@ class Run:
             values = {name: partial(float, value) for name, value in finished.items()}
         return lambda: {name: number(value()) for name, value in values.items()}
 
-    def _collect(self) -> Collected:
+    def _collect(self, anew: str = "") -> Collected:
         self._objects.update(self.values)
         return self._collector.collect(
             self._objects,
@@ -650,6 +671,7 @@ class Run:
             gradients=self._accumulating,
             generators=self._waiting_generators,
             config=self._config,
+            anew=anew,
         )
 
     def _position(self) -> object:

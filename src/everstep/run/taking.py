@@ -37,6 +37,8 @@ class Occasion:
         pending: of somebody who waits for it, and for room too; None for a trigger, which is skipped.
         overlap: what only an optimizer's step changes may be copied beside the loop.
         number: that of the take, where several ranks have agreed on it; else 0.
+        agree: of several ranks, is given a sample of what was captured, and says why nothing may be made of
+            it; "" where it may. May wait for other ranks, so it is called beside the loop.
     """
 
     facts: Facts
@@ -46,6 +48,7 @@ class Occasion:
     pending: Pending | None
     overlap: bool
     number: int = 0
+    agree: Callable[[bytes], str] = lambda sample: ""
 
 
 class Taking:
@@ -75,6 +78,8 @@ class Taking:
         self.errors: deque[tuple[Pending, BaseException]] = deque()
         self.taken_step: int | None = None
         """The step of the newest snapshot that was taken and has not failed."""
+        self.look = False
+        """Of several ranks: whether the take before the next was not committed."""
         self.again = False
         """Whether a snapshot was lost that is to be taken as soon as a step ends."""
         self._keeper = keeper
@@ -110,7 +115,8 @@ class Taking:
     # -- taking -------------------------------------------------------------------------------------------
 
     def take(self, occasion: Occasion) -> bool:
-        """Take a snapshot of the state now. False: there was no room, and nobody who waits for it.
+        """Take a snapshot of the state now. False: there was no room, and nobody who waits for it; or, of
+        several ranks, it has to be found out first who holds what.
 
         Blocks while what may change any time is copied; without overlap while all is.
 
@@ -123,9 +129,11 @@ class Taking:
         with _no_garbage_collection():
             worked = time.thread_time()
             collected = occasion.collect()
+            if not collected.fits:
+                return False
             layout = self._capturer.layout(collected)
             job = Job(layout, occasion.facts, pending=occasion.pending or self._new_pending())
-            job.take = occasion.number
+            job.take, job.look = occasion.number, self.look
             if layout.arena_bytes > self._arena_bytes:
                 self._stream(job, occasion, collected)
                 return True
@@ -217,7 +225,16 @@ class Taking:
         self._memory[job] = arena.memory
         self._keeper.submit(job)
         self._keeper.wave(job, arena, 0, job.layout.arena_bytes, capture.unchanged)
-        self._keeper.end(job)
+        self._hand_over(job, occasion, capture.sample)
+
+    def _hand_over(self, job: Job, occasion: Occasion, sample: bytes) -> None:
+        """All of it is there: it may become a snapshot, or nothing."""
+        why = occasion.agree(sample)
+        if why:
+            self._emit(Failed(job.facts.step, why))
+            self._keeper.drop(job)
+        else:
+            self._keeper.end(job)
 
     def _lost(self, job: Job, capture: Capture) -> None:
         """The capture is of no use."""
@@ -268,7 +285,7 @@ class Taking:
             cpu_trainer=(time.thread_time() - worked) * 1e3,
             arena_bytes=self._arena_bytes * ARENAS,
         )
-        self._keeper.end(job)
+        self._hand_over(job, occasion, collected.watch.now())
 
     # -- the fence ----------------------------------------------------------------------------------------
 

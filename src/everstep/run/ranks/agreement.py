@@ -25,10 +25,11 @@ HOLD_S = 2.0
 
 @dataclass(frozen=True)
 class Due:
-    """Take `number` is to be taken now."""
+    """Take `number` is to be taken now. `anew`: all find out first who holds what."""
 
     number: int
     wish: Wish
+    anew: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Agreement:
         step: how many steps are finished.
         post: sends a request to the hub. Must not block.
         room: whether a snapshot could be taken without waiting. Must not block.
+        fits: whether it is known which other ranks hold what this one holds. Must not block.
         hold_s: see `HOLD_S`.
     """
 
@@ -59,12 +61,14 @@ class Agreement:
         step: int,
         post: Callable[[Request], None],
         room: Callable[[], bool],
+        fits: Callable[[], bool] = lambda: True,
         hold_s: float = HOLD_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.rank = rank
         self._post = post
         self._room = room
+        self._fits = fits
         self._hold_s = hold_s
         self._clock = clock
         self._changed = threading.Condition()
@@ -138,7 +142,7 @@ class Agreement:
             limit = max(self._step + self._ahead, last + 1)
             self._promised = (propose.number, limit)
             self.newest = propose.number
-        self._post(Promise(self.rank, propose.number, limit, self._room()))
+        self._post(Promise(self.rank, propose.number, limit, self._room(), self._fits()))
 
     def decided(self, decide: Decide) -> None:
         with self._changed:
@@ -149,7 +153,7 @@ class Agreement:
             if decide.problem:
                 self._news.append(Declined(decide.number, decide.wish, decide.problem))
             elif decide.step > self._step or (decide.step == self._step and at_limit):
-                self._dues.append((decide.step, Due(decide.number, decide.wish)))
+                self._dues.append((decide.step, Due(decide.number, decide.wish, decide.anew)))
             else:
                 self._news.append(_missed(decide.number, decide.wish, decide.step))
             self._changed.notify_all()

@@ -110,7 +110,8 @@ class Hub:
     def _decide(self, step: int, problem: str) -> list[Message]:
         wish, self._wish = self._wish, None
         assert wish is not None
-        decided = Decide(self.number, max(step, 0), wish, problem)
+        anew = not problem and not all(one.fits for one in self._promises.values())
+        decided = Decide(self.number, max(step, 0), wish, problem, anew)
         self.number += 1
         if not problem:
             self._decided_step = max(step, self._decided_step)

@@ -18,8 +18,10 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol
 
+import msgspec
 import torch
 import torch.distributed as dist
+import zstandard
 
 from everstep.errors import Mismatch, Unavailable, Unsupported
 from everstep.run.ranks import messages
@@ -35,6 +37,9 @@ noticed all the same."""
 
 STUCK_S = 10.0
 """A request that was begun and not finished for so long is of a rank that is dead."""
+
+MAX_SHARED_BYTES = 1 << 30
+"""What all ranks share together, where it differs."""
 
 END_S = 10.0
 """A thread that a process ends while it waits for a store may take the process with it: so threads are waited
@@ -146,10 +151,14 @@ class Link:
         wait_s = self.wait_s if wait_s is None else wait_s
         self._shared[what] += 1
         keys = [self._key("s", what, self._shared[what], rank) for rank in range(self.ranks)]
+        all = self._key("s", what, self._shared[what], "all")
         try:
             self._store.set(keys[self.rank], b"+" + mine)
-            self._store.wait(keys, timedelta(seconds=wait_s))
-            return [data[1:] for data in self._store.multi_get(keys)]
+            if self.rank == 0:
+                self._store.wait(keys, timedelta(seconds=wait_s))
+                self._store.set(all, _together([data[1:] for data in self._store.multi_get(keys)]))
+            self._store.wait([all], timedelta(seconds=wait_s))
+            return _apart(self._store.get(all))
         except (RuntimeError, ConnectionError) as error:
             raise self._silent(keys, what, wait_s) from error
 
@@ -217,7 +226,8 @@ class Talk:
         self._broken = broken
         self._late_s = late_s
         self._ended = threading.Event()
-        self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[Request | tuple[str, bytes] | None] = queue.SimpleQueue()
+        self._gathering: KeyStore | None = None
         self._job = job
         self._hub = Hub(job.ranks) if job.rank == 0 else None
         self._serving = 0
@@ -239,6 +249,34 @@ class Talk:
     def post(self, request: Request) -> None:
         """Does not block."""
         self._requests.put(request)
+
+    def give(self, number: int, mine: bytes) -> None:
+        """Say something of take `number` that rank 0 gathers. Does not block."""
+        self._requests.put((f"{self._prefix}/g/{number}/{self._job.rank}", b"+" + mine))
+
+    def gather(self, number: int, mine: bytes, wait_s: float) -> list[bytes]:
+        """What all ranks have given of take `number`, in order; this one, rank 0, gives it now. Blocks.
+
+        Raises:
+            Unavailable: some have not in time.
+        """
+        keys = [f"{self._prefix}/g/{number}/{rank}" for rank in range(1, self._job.ranks)]
+        if self._gathering is None:
+            self._gathering = self._job.connect()
+        store = self._gathering
+        try:
+            store.wait(keys, timedelta(seconds=wait_s))
+            given = [data[1:] for data in store.multi_get(keys)]
+            for key in keys:
+                store.delete_key(key)
+        except (RuntimeError, ConnectionError) as error:
+            self._gathering = None
+            raise Unavailable(
+                f"not all ranks said within {wait_s:.0f} s what they have captured",
+                kept="the snapshots before it are intact",
+                next="nothing: the next snapshot is taken as usual",
+            ) from error
+        return [mine, *given]
 
     def end(self) -> None:
         """Nobody is heard any more. Blocks until rank 0 has ended all; no longer than `END_S`, for there
@@ -262,6 +300,9 @@ class Talk:
 
     def _say_all(self, store: KeyStore) -> None:
         while (request := self._requests.get()) is not None:
+            if isinstance(request, tuple):
+                store.set(*request)
+                continue
             number = store.add(f"{self._prefix}/n", 1)
             store.set(f"{self._prefix}/r/{number}", messages.encode(request))
             if self._hub is not None:
@@ -329,6 +370,20 @@ def _later(seconds: float, action: Callable[[], None]) -> None:
     timer.daemon = True
     timer.name = "everstep-late"
     timer.start()
+
+
+def _together(each: list[bytes]) -> bytes:
+    """What each rank gave, as one; what many gave is in it once."""
+    different = list(dict.fromkeys(each))
+    number = {one: at for at, one in enumerate(different)}
+    data = msgspec.msgpack.encode((different, [number[one] for one in each]))
+    return zstandard.ZstdCompressor(level=3).compress(data)
+
+
+def _apart(data: bytes) -> list[bytes]:
+    raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=MAX_SHARED_BYTES)
+    different, numbers = msgspec.msgpack.decode(raw, type=tuple[list[bytes], list[int]])
+    return [different[number] for number in numbers]
 
 
 def unique(name: str, opened: dict[str, int]) -> str:

@@ -55,12 +55,13 @@ class Ask(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class Promise(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A rank does not go past `step` before it has heard what becomes of take `number`. `room`: whether it
-    could take it at once."""
+    could take it at once. `fits`: whether it knows which other ranks hold what it holds."""
 
     rank: Rank
     number: Number
     step: Number
     room: bool
+    fits: bool = True
 
 
 class Late(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -71,13 +72,13 @@ class Late(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class Became(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """What became of take `number`: its snapshot and that one's record as it is stored, or why there is
-    none."""
+    none. `parted`: ranks that held the same hold it no more."""
 
     number: Number
     snapshot: Text = ""
     record: Annotated[bytes, msgspec.Meta(max_length=MAX_MESSAGE_BYTES // 2)] = b""
     problem: Text = ""
-    again: bool = False
+    parted: bool = False
 
 
 class Lost(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -99,12 +100,13 @@ class Propose(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class Decide(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Take `number` is taken when `step` steps are finished; or not at all, for the reason that `problem`
-    says."""
+    says. `anew`: all ranks find out first, together, who holds what."""
 
     number: Number
     step: Number
     wish: Wish
     problem: Text = ""
+    anew: bool = False
 
 
 Request: TypeAlias = Ask | Promise | Late | Became | Lost | End

@@ -46,6 +46,15 @@ class Verdict(msgspec.Struct, frozen=True, omit_defaults=True):
         return kind(f"rank {rank}: {self.problem}", kept=self.kept, next=self.next)
 
 
+class _AtEnd(msgspec.Struct, frozen=True, array_like=True):
+    """How a rank is when no more steps follow."""
+
+    step: int
+    newest: int
+    wanted: bool
+    fits: bool
+
+
 @dataclass(frozen=True)
 class Patience:
     """For how long ranks wait for each other, in seconds: to begin and to end (`wait_s`), at the end of a
@@ -108,6 +117,7 @@ class Together:
         self._outcomes: Callable[[Became], None] = lambda became: None
         self._warn: Callable[[str], None] = lambda text: None
         self._rounds = 0
+        self._fits: Callable[[], bool] = lambda: False
 
     @property
     def leads(self) -> bool:
@@ -169,6 +179,7 @@ class Together:
         self,
         step: int,
         room: Callable[[], bool],
+        fits: Callable[[], bool],
         on_outcome: Callable[[Became], None],
         warn: Callable[[str], None],
     ) -> None:
@@ -177,7 +188,8 @@ class Together:
         self._outcomes = on_outcome
         self._warn = warn
         hold_s = self.patience.hold_s
-        self._agreement = Agreement(self.rank, step, self._post, room, hold_s)
+        self._fits = fits
+        self._agreement = Agreement(self.rank, step, self._post, room, fits, hold_s)
         self._talk = self.link.start(self._rounds, self._hear, self._broken, hold_s * LATE_OF_HOLD)
 
     def ask(self, wish: Wish) -> None:
@@ -201,20 +213,31 @@ class Together:
         """Rank 0 tells all what became of a take. Does not block."""
         self._post(became)
 
-    def last(self, step: int, wanted: bool) -> int:
-        """When no more steps follow: the number of a take that all ranks take now; 0 where none of them wants
-        one, or they are not at the same step. Blocks until all ranks have come here.
+    def last(self, step: int, wanted: bool) -> Due | None:
+        """When no more steps follow: the take that all ranks take now; None where none of them wants one, or
+        they are not at the same step. Blocks until all ranks have come here.
 
         Raises:
             Unavailable: some have not.
         """
         assert self._agreement is not None
-        mine = msgspec.msgpack.encode((step, self._agreement.newest, wanted))
+        mine = msgspec.msgpack.encode(_AtEnd(step, self._agreement.newest, wanted, self._fits()))
         shared = self.link.share("end", mine, min(self.patience.wait_s, END_S))
-        found = [msgspec.msgpack.decode(one, type=tuple[int, int, bool]) for one in shared]
-        same = {at for at, _, _ in found} == {step}
-        take = same and any(wants for _, _, wants in found)
-        return LAST + max(number for _, number, _ in found) if take else 0
+        found = [msgspec.msgpack.decode(one, type=_AtEnd) for one in shared]
+        if any(one.step != step for one in found) or not any(one.wanted for one in found):
+            return None
+        number = LAST + max(one.newest for one in found)
+        return Due(number, Wish("close", wait=True), not all(one.fits for one in found))
+
+    def samples(self, number: int, mine: bytes) -> list[bytes]:
+        """What all ranks say of take `number`, for rank 0, which blocks until they have; the others get only
+        their own, at once. Raises Unavailable where some have not in time."""
+        if self._talk is None:
+            raise Unavailable("the run is over")
+        if self.leads:
+            return self._talk.gather(number, mine, min(self.patience.parts_s, END_S))
+        self._talk.give(number, mine)
+        return [mine]
 
     def end(self) -> None:
         """No more is agreed upon."""
