@@ -25,7 +25,7 @@ from everstep.chain.history import MAIN, Chain, Snapshot, now
 from everstep.chain.lanes import idle_cores
 from everstep.chain.lease import Lease
 from everstep.chain.names import exists
-from everstep.chain.packing import Before, Draft, Extent, Packing, Wave
+from everstep.chain.packing import Before, Draft, Extent, Packing, Shares, Wave
 from everstep.chain.relocations import Relocations
 from everstep.errors import Conflict, Damaged, NotFound, Unavailable
 from everstep.format import keys, pack, record
@@ -226,7 +226,9 @@ class Writer:
 
     # -- chunks and packs ---------------------------------------------------------------------------------
 
-    def _store_chunks(self, draft: Draft, captured: Captured) -> memoryview | None:
+    def _store_chunks(
+        self, draft: Draft, captured: Captured, shares: Callable[[], Shares] | None = None
+    ) -> memoryview | None:
         """Returns the memory that holds the state, if it is in one piece."""
         waves = iter(captured.waves)
         first = next(waves, None)
@@ -244,7 +246,7 @@ class Writer:
             self.chain.about.grid_bytes,
             self._clock,
             self._thread_clock,
-            self._cores(),
+            shares() if shares is not None else Shares(self._cores()),
         )
         packing.store(waves)
         return whole
