@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from functools import cached_property
+from operator import add, ge
 from typing import Annotated, TypeAlias, TypeVar
 
 import msgspec
@@ -21,15 +23,21 @@ from everstep.format.chunk import (
     Encoding,
     decompress,
 )
-from everstep.format.layout import item_bytes
+from everstep.format.layout import Box, item_bytes
 from everstep.format.values import Value, varint
 from everstep.format.values import decode as decode_values
 
 FORMAT = 1
 """What is written, unless it says what a reader of this format could misread."""
 
-NEWEST_FORMAT = 2
-"""What is read: 2 has relocation records, and the fences that go before them."""
+RELOCATED, SEVERAL = 2, 3
+"""What has relocation records, and the fences that go before them; what has several ranks, or slices."""
+
+NEWEST_FORMAT = SEVERAL
+"""What is read."""
+
+OWN = "~rank/"
+"""Names of leaves that only one rank can make sense of begin so, and with its number."""
 
 OBJECTS, RUN = "objects", "run"
 """The two parts of the values tree: what the user handed over by name, and what the run itself keeps."""
@@ -48,14 +56,17 @@ MAX_NAME_CHARACTERS = 4096
 MAX_DTYPE_CHARACTERS = 64
 MAX_SALT_CHARACTERS = 64
 MAX_COUNT = 1 << 62
-MAX_RANKS = 1 << 20
+MAX_RANKS = 1 << 15
 
 Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 Shape: TypeAlias = Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
 
 
-class StoredSlice(msgspec.Struct, frozen=True, array_like=True):
+# Rows hold no rings, and a joined manifest has hundreds of thousands: the collector need not look at them.
+
+
+class StoredSlice(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A slice of a leaf and the place of its bytes: `offset` in region number `region`."""
 
     at: Shape
@@ -63,8 +74,12 @@ class StoredSlice(msgspec.Struct, frozen=True, array_like=True):
     region: Count
     offset: Count
 
+    @property
+    def box(self) -> Box:
+        return self.at, self.extent
 
-class StoredLeaf(msgspec.Struct, frozen=True, array_like=True):
+
+class StoredLeaf(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A leaf: `shape` is the whole tensor's, over all ranks."""
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARACTERS)]
@@ -73,27 +88,30 @@ class StoredLeaf(msgspec.Struct, frozen=True, array_like=True):
     slices: tuple[StoredSlice, ...]
 
     def size_bytes(self, part: StoredSlice) -> int:
-        size = item_bytes(self.dtype)
-        for extent in part.extent:
-            size *= extent
-        return size
+        return math.prod(part.extent) * item_bytes(self.dtype)
+
+    @property
+    def whole(self) -> StoredSlice | None:
+        """The one slice that is all of the leaf; None where it is in several."""
+        part = self.slices[0]
+        return part if len(self.slices) == 1 and part.extent == self.shape else None
 
 
-class StoredRegion(msgspec.Struct, frozen=True, array_like=True):
+class StoredRegion(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Contiguous bytes: the numbers of its chunks, in order."""
 
     size_bytes: Count
     chunks: tuple[Count, ...]
 
 
-class StoredChunk(msgspec.Struct, frozen=True, array_like=True):
+class StoredChunk(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A chunk's name and raw size."""
 
     digest: Digest
     size_bytes: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHUNK_BYTES)]
 
 
-class Place(msgspec.Struct, frozen=True, array_like=True):
+class Place(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where a chunk is stored. `base` is the digest of the chunk that an xor encoding builds on, or ""."""
 
     pack: Digest
@@ -104,7 +122,8 @@ class Place(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
-    """One rank's part of a snapshot. `chunks[i]` lies at `places[i]`; `packs` gives each pack's size in
+    """One rank's part of a snapshot, or all of it: one rank's is, and what `joining.join` makes of several,
+    which is never stored. `chunks[i]` lies at `places[i]`; `packs` gives each pack's size in
     bytes. `values` is the encoded tree of plain values in which a `Leaf` stands for each tensor.
 
     `state` is the state digest of this part. `salt` is empty, unless an object with this manifest's name
@@ -258,11 +277,10 @@ def refuse_newer(text: Buffer, what: str) -> None:
 
 
 def _check(manifest: Manifest) -> None:
-    if (manifest.rank, manifest.ranks) != (0, 1):
-        raise Unsupported(
-            f"a manifest is of rank {manifest.rank} of {manifest.ranks}; this Everstep reads only one",
-            kept="nothing was touched",
-            next="pip install -U everstep",
+    several = manifest.format >= SEVERAL
+    if manifest.rank >= manifest.ranks or (manifest.ranks > 1 and not several):
+        raise Damaged(
+            f"a manifest of format {manifest.format} is of rank {manifest.rank} of {manifest.ranks}"
         )
     if len(manifest.places) != len(manifest.chunks):
         raise Damaged("a manifest has chunks without a place")
@@ -274,9 +292,13 @@ def _check(manifest: Manifest) -> None:
         _check_place(manifest, chunk, place)
     for region in manifest.regions:
         _check_region(manifest, region)
+    own = f"{OWN}{manifest.rank}/"
     for leaf in manifest.leaves:
-        for part in leaf.slices:
-            _check_slice(manifest, leaf, part)
+        if not leaf.slices or not (several or leaf.whole):
+            raise Damaged(f"leaf {leaf.name!r} has {len(leaf.slices)} slices, or one that is not all of it")
+        if leaf.name.startswith(OWN) and not leaf.name.startswith(own):
+            raise Damaged(f"leaf {leaf.name!r} is in the manifest of rank {manifest.rank}")
+        _check_slices(manifest, leaf)
 
 
 def _check_place(manifest: Manifest, chunk: StoredChunk, place: Place) -> None:
@@ -308,16 +330,21 @@ def _check_region(manifest: Manifest, region: StoredRegion) -> None:
         raise Damaged("a region's chunks do not fill it")
 
 
-def _check_slice(manifest: Manifest, leaf: StoredLeaf, part: StoredSlice) -> None:
-    fits = len(leaf.shape) == len(part.at) == len(part.extent) and all(
-        at + extent <= size for at, extent, size in zip(part.at, part.extent, leaf.shape, strict=True)
-    )
-    if not fits:
-        raise Damaged(f"a slice of leaf {leaf.name!r} lies outside it")
-    if part.region >= len(manifest.regions):
-        raise Damaged(f"leaf {leaf.name!r} lies in region {part.region} of {len(manifest.regions)}")
-    if part.offset + leaf.size_bytes(part) > manifest.regions[part.region].size_bytes:
-        raise Damaged(f"leaf {leaf.name!r} lies outside its region")
+def _check_slices(manifest: Manifest, leaf: StoredLeaf) -> None:
+    shape, item = leaf.shape, item_bytes(leaf.dtype)
+    before: Box | None = None
+    for part in leaf.slices:
+        at, extent = part.at, part.extent
+        # A manifest may have hundreds of thousands: no Python for each dimension.
+        if not len(shape) == len(at) == len(extent) or not all(map(ge, shape, map(add, at, extent))):
+            raise Damaged(f"a slice of leaf {leaf.name!r} lies outside it")
+        if part.region >= len(manifest.regions):
+            raise Damaged(f"leaf {leaf.name!r} lies in region {part.region} of {len(manifest.regions)}")
+        if part.offset + math.prod(extent) * item > manifest.regions[part.region].size_bytes:
+            raise Damaged(f"leaf {leaf.name!r} lies outside its region")
+        if before is not None and before >= (at, extent):
+            raise Damaged(f"the slices of leaf {leaf.name!r} are not in order")
+        before = at, extent
 
 
 SliceDigests: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], Sequence[str]]
@@ -340,6 +367,14 @@ def state_digest(
             hasher.update(slice_head(at, extent, len(digests)) + bytes.fromhex("".join(digests)))
     hasher.update(encoded_values)
     return hasher.hexdigest()
+
+
+def state_of_parts(states: Sequence[str]) -> str:
+    """The state digest of a snapshot out of those of its parts, in the order of the ranks."""
+    if len(states) == 1:
+        return states[0]
+    head = b"everstep state 2\n" + varint(len(states))
+    return blake3(head + bytes.fromhex("".join(states))).hexdigest()
 
 
 def state_hasher(leaves: int) -> blake3:

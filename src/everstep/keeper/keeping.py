@@ -185,13 +185,13 @@ class Keeping:
         rank, ranks = self._terms.rank, self._terms.ranks
         try:
             if self._terms.part:
-                self._writer.build_on(self.chain.part(self._terms.part, rank, ranks))
+                self._writer.build_on(self.chain.part_named(self._terms.part, rank, ranks))
                 return
             record = self.chain.snapshot(snapshot)
             if ranks == 1:
                 self._writer.build_on(self.chain.manifest(record))
             elif len(record.record.manifests) == ranks:
-                self._writer.build_on(self.chain.part(record.record.manifests[rank], rank, ranks))
+                self._writer.build_on(self.chain.part(record, rank))
         except (Damaged, NotFound):
             # Then nothing is shared with it, and the next snapshot is a full one.
             return
@@ -261,8 +261,8 @@ class Keeping:
             parts.withdraw(self.chain, self._take(job), self._terms.rank, why)
         except Exception as raised:
             self._warn(
-                f"rank {self._terms.rank} has no part of the snapshot of step {job.facts.step} and cannot tell "
-                f"the others, which wait for it ({type(raised).__name__}: {raised})"
+                f"rank {self._terms.rank} has no part of the snapshot of step {job.facts.step}, and cannot "
+                f"tell the others, which wait for it ({type(raised).__name__}: {raised})"
             )
 
     def _commit(
@@ -279,7 +279,16 @@ class Keeping:
                     snapshot = self._writer.commit(found, job.facts)
             except BaseException as raised:
                 error = raised
+            else:
+                self._clear(self._take(job))
         then(Outcome(job, snapshot, error, since_ms(job.facts.begun)))
+
+    def _clear(self, take: Take) -> None:
+        """What the ranks have told of a take that is committed is of no use any more."""
+        try:
+            parts.clear(self.chain, take)
+        except Exception as error:
+            self._warn(f"what the ranks told of a take stays for now ({type(error).__name__}: {error})")
 
     def hurry(self) -> None:
         """Somebody waits until all is done."""

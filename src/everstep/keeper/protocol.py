@@ -35,6 +35,7 @@ from everstep.format.layout import Kin, Layout, Slice, lay_out
 from everstep.format.manifest import (
     MAX_DTYPE_CHARACTERS,
     MAX_NAME_CHARACTERS,
+    MAX_RANKS,
     Count,
     Digest,
     Shape,
@@ -56,7 +57,6 @@ MAX_ITEMS = 1 << 20
 """In a list or dict of a message."""
 MAX_SHORT = 4096
 MAX_REPLICAS = 64
-MAX_RANKS = 1 << 20
 MAX_DEADLINE_S = 7 * 24 * 3600.0
 MAX_HELD = 2
 """Parts that lie in memory for the next trainer of a rank."""
@@ -412,6 +412,7 @@ class Announced(msgspec.Struct, frozen=True):
     new_bytes: Number
     stored_bytes: Number
     approximate: Annotated[tuple[Text, ...], msgspec.Meta(max_length=MAX_ITEMS)] = ()
+    relies: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=MAX_ITEMS)] = ()
 
     @classmethod
     def of(cls, part: Part) -> Announced:
@@ -566,7 +567,7 @@ def layout(slices: Sequence[Piece]) -> Layout:
             raise Damaged(f"slice {one.name[:60]!r} contradicts itself")
     try:
         laid = lay_out(made)
-    except (KeyError, Unsupported) as error:
+    except (KeyError, ValueError, Unsupported) as error:
         raise Damaged(f"slices cannot be laid out: {error}"[:MAX_SHORT]) from error
     if laid.arena_bytes > MAX_ARENA_BYTES:
         raise Damaged("slices are larger than any arena")

@@ -380,7 +380,7 @@ class Work:
         for held in list(self._jobs.values()):
             if not held.given.ended:
                 held.given.drop()
-        if died and self._terms.rank:
+        if died and self._terms.ranks > 1 and self._terms.rank:
             self._withdrawing = True
             self._given.put(_Withdraw(self._take + 1))
 
