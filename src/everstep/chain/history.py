@@ -194,7 +194,14 @@ class Chain:
 
     def part(self, snapshot: Snapshot, rank: int) -> Manifest:
         """The manifest of one rank of a snapshot. Raises Damaged, also where it is missing."""
-        name = snapshot.record.manifests[rank]
+        names = snapshot.record.manifests
+        return self._part(names[rank], rank, len(names), f" of snapshot {snapshot.short}")
+
+    def part_named(self, name: str, rank: int, ranks: int) -> Manifest:
+        """The manifest of a part that may be no snapshot's yet. Raises Damaged, also where it is missing."""
+        return self._part(name, rank, ranks, "")
+
+    def _part(self, name: str, rank: int, ranks: int, of: str) -> Manifest:
         key = keys.manifest(name)
 
         def accept(data: Buffer) -> Manifest:
@@ -205,12 +212,12 @@ class Chain:
         try:
             manifest = self._from_any(key, manifests.MAX_STORED_BYTES, accept)
         except NotFound as error:
-            raise Damaged(f"manifest {name[:SHORT]} of {snapshot.short} is missing", key=key) from error
-        if (manifest.rank, manifest.ranks) != (rank, len(snapshot.record.manifests)):
+            raise Damaged(f"manifest {name[:SHORT]}{of} is missing", key=key) from error
+        if (manifest.rank, manifest.ranks) != (rank, ranks):
             raise Damaged(
-                f"snapshot {snapshot.short} names a manifest of rank {manifest.rank} of {manifest.ranks} as "
-                f"that of rank {rank} of {len(snapshot.record.manifests)}",
-                key=keys.snapshot(snapshot.id),
+                f"manifest {name[:SHORT]}{of} is of rank {manifest.rank} of {manifest.ranks}, and named as "
+                f"that of rank {rank} of {ranks}",
+                key=key,
             )
         return manifest
 

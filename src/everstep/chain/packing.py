@@ -7,22 +7,27 @@ same packs, but for how its chunks are encoded. One pack is put while the next i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
+from everstep.chain.common import Common, Found
 from everstep.chain.encoding import Base, Encoder, Fresh, Stored, base_of
 from everstep.chain.lanes import Lanes, Putter
 from everstep.format import pack
 from everstep.format.chunk import ALIGNMENT_BYTES, Encoding, aligned, digest, grid
 from everstep.format.layout import Layout, Region
-from everstep.format.manifest import Manifest, Place
+from everstep.format.manifest import Manifest, Place, StoredChunk
 
 PACK_BYTES = 64 * 1024 * 1024
 """A pack is closed when it has grown to this size."""
 
 HELD_BYTES = 32 * 1024 * 1024
-"""Or when it holds so much memory of its own, for encoded chunks: three packs of those are under way."""
+"""Or when it holds so much memory of its own, for encoded chunks."""
+
+PACKS_AT_ONCE = 3
+"""One is filled, one waits, one is put."""
 
 LANES_FROM_BYTES = 16 * 1024 * 1024
 """Smaller states are digested in the calling thread before another has come to work."""
@@ -67,6 +72,17 @@ class Draft:
     write_s: float = 0.0
     cpu_s: float = 0.0
 
+    def found(self, name: str) -> Found:
+        """A chunk that was put, as another writer points to it."""
+        line = []
+        packs = {}
+        while name:
+            place = self.places[name]
+            line.append((StoredChunk(name, self.sizes[name]), place))
+            packs[place.pack] = self.packs[place.pack]
+            name = place.base
+        return Found(tuple(line), packs)
+
     def costs(self) -> dict[str, float]:
         """In milliseconds: what the threads computed to `digest` and to `encode` (choosing how included), the
         time in which a pack was being put (`write`), and all that the writer's threads computed
@@ -95,11 +111,15 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Digested:
+    """A chunk and its name. `stored` is None where it is to be found elsewhere: in an earlier snapshot, or
+    `common`, with another writer of this process."""
+
     chunk: _Chunk
     name: str
     stored: Stored | None
     digest_s: float
     encode_s: float
+    common: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +133,23 @@ class Before:
     there: tuple[Manifest, list[list[str]], memoryview] | None = None
 
 
+@dataclass(frozen=True)
+class Shares:
+    """What a writer has for itself where several of one process store at the same instant.
+
+    Attributes:
+        lanes: how many threads may digest and encode, the calling one included.
+        held_bytes: what a pack may hold of encoded chunks.
+        core: to be had while a thread computes.
+        common: the chunks of all of them.
+    """
+
+    lanes: int
+    held_bytes: int = HELD_BYTES
+    core: Callable[[], AbstractContextManager[None]] = nullcontext
+    common: Common | None = None
+
+
 class Packing:
     """Stores the chunks of one state.
 
@@ -122,7 +159,7 @@ class Packing:
         put: stores a pack and adds its facts to the draft.
         clock: measures how long packs take to be put.
         thread_clock: the calling thread's own, measures digests.
-        lanes: how many threads may digest and encode, the calling one included.
+        shares: what is this writer's.
     """
 
     def __init__(
@@ -135,7 +172,7 @@ class Packing:
         grid_bytes: int,
         clock: Callable[[], float],
         thread_clock: Callable[[], float],
-        lanes: int,
+        shares: Shares,
     ) -> None:
         self._draft = draft
         self._shared = shared
@@ -148,7 +185,12 @@ class Packing:
         self._frozen = False
         self._region = self._offset = 0
         self._putter = putter = Putter(put, clock)
-        self._lanes = Lanes(lanes, lambda: draft.seen_bytes >= LANES_FROM_BYTES and putter.idle)
+        self._lanes = Lanes(shares.lanes, lambda: draft.seen_bytes >= LANES_FROM_BYTES and putter.idle)
+        self._shares = shares
+        self._common = shares.common
+        self._claims = False
+        """Whether others may count on what this one is about to store."""
+        self._elsewhere: list[_Digested] = []
 
     def store(self, waves: Iterable[Wave]) -> None:
         """Blocks until all is put; then, and when it fails, no memory of the waves is used any more."""
@@ -161,6 +203,8 @@ class Packing:
         finally:
             self._lanes.close()
             self._putter.close()
+            if self._common is not None:
+                self._common.give_up(self)
             self._draft.write_s = self._putter.busy_s
             self._draft.cpu_s += self._lanes.cpu_s + self._putter.cpu_s
 
@@ -168,16 +212,24 @@ class Packing:
         """Returns where the next one begins."""
         if wave.begin != begin:
             raise ValueError(f"a wave begins at {wave.begin} where the one before ended at {begin}")
+        # Who waits for the next wave is not to be waited for.
+        self._claims = self._common is not None and len(wave.memory) >= self._draft.layout.arena_bytes
         calls = (partial(self._digest, chunk) for chunk in self._chunks(wave))
         for digested in self._lanes.results(calls):
             self._take(digested)
         self._close_pack(last=True)
         self._putter.drain()
+        while self._elsewhere:
+            self._find_elsewhere()
         return min(begin + len(wave.memory), self._draft.layout.arena_bytes)
 
     # -- in the lanes -------------------------------------------------------------------------------------
 
     def _digest(self, chunk: _Chunk) -> _Digested:
+        with self._shares.core():
+            return self._digested(chunk)
+
+    def _digested(self, chunk: _Chunk) -> _Digested:
         if chunk.claimed and self._manifest_with(chunk.claimed):
             return _Digested(chunk, chunk.claimed, None, 0.0, 0.0)
         begun = self._clock()
@@ -186,9 +238,19 @@ class Packing:
         self._encoder.encodings.digested(len(chunk.raw), digested - begun)
         if name in self._draft.sizes or self._manifest_with(name):
             return _Digested(chunk, name, None, digested - begun, 0.0)
+        if self._is_common(name):
+            return _Digested(chunk, name, None, digested - begun, 0.0, common=True)
         fresh = Fresh(chunk.raw, chunk.region, chunk.word_bytes, self._base(chunk))
         stored = self._encoder.encode(fresh, self._lanes.limit)
         return _Digested(chunk, name, stored, digested - begun, self._clock() - digested)
+
+    def _is_common(self, name: str) -> bool:
+        """Whether another writer of this process stores it, or has."""
+        if self._common is None:
+            return False
+        if self._claims:
+            return not self._common.claim(name, self)
+        return self._common.find(name) is not None
 
     def _base(self, chunk: _Chunk) -> Base | None:
         there = self._before.there
@@ -239,7 +301,7 @@ class Packing:
 
     def _take(self, digested: _Digested) -> None:
         """A chunk's turn: point to where it is already, or add it to the pack that is being filled."""
-        draft, chunk, name, stored = self._draft, digested.chunk, digested.name, digested.stored
+        draft, chunk, name = self._draft, digested.chunk, digested.name
         draft.digest_s += digested.digest_s
         draft.encode_s += digested.encode_s
         frozen = draft.layout.regions[chunk.region].kin == "frozen"
@@ -248,7 +310,14 @@ class Packing:
             self._close_pack()
         self._frozen = frozen
         draft.digests[chunk.region].append(name)
+        self._store(digested)
+
+    def _store(self, digested: _Digested) -> None:
+        draft, chunk, name, stored = self._draft, digested.chunk, digested.name, digested.stored
         if name in draft.sizes:
+            return
+        if digested.common:
+            self._elsewhere.append(digested)
             return
         manifest = self._manifest_with(name)
         if manifest is not None:
@@ -269,8 +338,32 @@ class Packing:
         else:
             self._builder.add(name, size, stored.data, len(stored.data), stored.encoding, stored.base)
             self._held_bytes += len(stored.data)
-        if self._builder.end >= PACK_BYTES or self._held_bytes >= HELD_BYTES:
+        if self._builder.end >= PACK_BYTES or self._held_bytes >= self._shares.held_bytes:
             self._close_pack()
+
+    def _find_elsewhere(self) -> None:
+        """Point to the chunks that other writers have stored, which may take them a while; store those that
+        they could not, after all. All that this one has claimed is put by now."""
+        assert self._common is not None
+        elsewhere, self._elsewhere = self._elsewhere, []
+        missing = []
+        for one in elsewhere:
+            found = self._common.wait(one.name)
+            if found is None:
+                missing.append(one)
+            elif one.name not in self._draft.sizes:
+                self._point(found)
+        # They are claimed anew, so nothing is waited for before they are put.
+        for one in missing:
+            self._store(self._digest(one.chunk))
+        self._close_pack(last=True)
+        self._putter.drain()
+
+    def _point(self, found: Found) -> None:
+        for chunk, place in found.line:
+            self._draft.sizes.setdefault(chunk.digest, chunk.size_bytes)
+            if self._draft.places.setdefault(chunk.digest, place) is place:
+                self._draft.packs[place.pack] = found.packs[place.pack]
 
     def _close_pack(self, last: bool = False) -> None:
         if self._builder.entries:

@@ -124,6 +124,20 @@ def withdraw(chain: Chain, take: Take, rank: int, why: str) -> None:
     chain.store.put(mine.key, [record.seal(mine)])
 
 
+def told(chain: Chain, take: Take, rank: int) -> Part | None:
+    """The part that a rank has announced; None where it has not, or has given the take up. One small read.
+
+    Raises:
+        Damaged: its record is not the one that was put.
+        Unavailable: the store does not answer.
+    """
+    try:
+        there = read(chain.store, keys.part(take.branch, take.lease, take.number, rank))
+    except NotFound:
+        return None
+    return None if there.withdrawn else _part(there)
+
+
 def gather(
     chain: Chain,
     take: Take,

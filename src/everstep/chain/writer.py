@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from everstep.chain.common import Common
 from everstep.chain.describing import Described
 from everstep.chain.doomed import Doomed
 from everstep.chain.encoding import Encoder, Encodings, Measured
@@ -27,7 +28,7 @@ from everstep.chain.history import MAIN, Chain, Snapshot, now
 from everstep.chain.lanes import idle_cores
 from everstep.chain.lease import Lease
 from everstep.chain.names import exists
-from everstep.chain.packing import Before, Draft, Packing, Wave
+from everstep.chain.packing import Before, Draft, Packing, Shares, Wave
 from everstep.chain.parts import Part
 from everstep.chain.relocations import Relocations
 from everstep.errors import Conflict, Damaged, Mismatch, NotFound, Unavailable
@@ -221,17 +222,26 @@ class Writer:
                     raise _shares_pruned(facts) from pruned
                 captured = Captured.whole(captured.layout, stored.memory, captured.values)
 
-    def store_part(self, captured: Captured, rank: int, ranks: int) -> Part:
+    def store_part(
+        self,
+        captured: Captured,
+        rank: int,
+        ranks: int,
+        shares: Callable[[], Shares] | None = None,
+    ) -> Part:
         """Store what one rank has of a state: packs, then the manifest. Blocks; durable on return. No head is
         moved, the lease is not asked, and nobody is told: see `parts.announce`.
 
         Of several ranks, chunks are shared with the last part alone, committed or not: that is one that no
         prune of rank 0's takes anything from.
 
+        Args:
+            shares: what is this writer's where other ranks store in this process; asked when the bytes come.
+
         Raises:
             Unavailable: the store has no room or does not answer.
         """
-        stored = self._store(captured, rank, ranks)
+        stored = self._store(captured, rank, ranks, shares)
         if ranks > 1:
             self._recent.clear()
             self._share(stored)
@@ -252,7 +262,8 @@ class Writer:
             Unavailable: the store does not answer, see `write`; or something was pruned that a part relies
                 on: the head was not moved, and before the next take all ranks `look_again`.
         """
-        mine = self._stored if self._stored is not None and self._stored.part in parts else None
+        last = self._stored
+        mine = last if last and any(one.manifest == last.part.manifest for one in parts) else None
         try:
             snapshot = self._commit(parts, facts, mine)
             if mine is not None and len(parts) == 1:
@@ -262,10 +273,12 @@ class Writer:
             self.forget_packs(pruned.names)
             raise _shares_pruned(facts) from pruned
 
-    def _store(self, captured: Captured, rank: int, ranks: int) -> _Stored:
+    def _store(
+        self, captured: Captured, rank: int, ranks: int, shares: Callable[[], Shares] | None = None
+    ) -> _Stored:
         computed, begun = self._thread_clock(), self._clock()
         draft = Draft(captured.layout)
-        memory = self._store_chunks(draft, captured)
+        memory = self._store_chunks(draft, captured, shares or (lambda: Shares(self._cores())))
         stored = self._clock()
         manifest = self._describe(draft.layout).manifest(draft, captured.values, rank, ranks)
         name, made = self._put_manifest(manifest)
@@ -303,7 +316,9 @@ class Writer:
 
     # -- chunks and packs ---------------------------------------------------------------------------------
 
-    def _store_chunks(self, draft: Draft, captured: Captured) -> memoryview | None:
+    def _store_chunks(
+        self, draft: Draft, captured: Captured, shares: Callable[[], Shares]
+    ) -> memoryview | None:
         """Returns the memory that holds the state, if it is in one piece."""
         waves = iter(captured.waves)
         first = next(waves, None)
@@ -312,16 +327,17 @@ class Writer:
             if first.begin == 0 and len(first.memory) >= draft.layout.arena_bytes:
                 whole = first.memory
             waves = itertools.chain((first,), waves)
+        mine = shares()
         packing = Packing(
             draft,
             self._describe(draft.layout).shared,
             self._before(draft.layout, whole),
             self._encoder,
-            partial(self._put_pack, draft),
+            partial(self._put_pack, draft, mine.common),
             self.chain.about.grid_bytes,
             self._clock,
             self._thread_clock,
-            self._cores(),
+            mine,
         )
         packing.store(waves)
         return whole
@@ -347,7 +363,7 @@ class Writer:
         if earlier is not None:
             self._earlier.append(earlier)
 
-    def _put_pack(self, draft: Draft, builder: pack.Builder) -> None:
+    def _put_pack(self, draft: Draft, common: Common | None, builder: pack.Builder) -> None:
         begun = self._clock()
         name, parts = builder.finish()
         made = self._put_named(keys.pack, name, parts)
@@ -364,6 +380,8 @@ class Writer:
             draft.places[entry.digest] = Place(
                 name, entry.offset, entry.stored_bytes, entry.encoding, entry.base
             )
+        if common is not None:
+            common.put((entry.digest, draft.found(entry.digest)) for entry in builder.entries)
 
     def _put_named(self, key_of: Callable[[str], str], name: str, parts: list[Buffer]) -> bool | None:
         """Put an object that is named by its digest. True: there was none; False: it was there before. None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from everstep.chain.history import Snapshot
+from everstep.chain.parts import Part
 from everstep.chain.steplog import EndedJournal
 from everstep.chain.writer import Facts
 from everstep.errors import EverstepError, NotFound, Unavailable
@@ -18,6 +19,9 @@ from everstep.keeper.arena import Arena
 
 ARENAS = 2
 """One is filled while the other is stored."""
+
+DEADLINE_S = 600.0
+"""So long rank 0 waits for the other ranks' parts of a snapshot, unless it is told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,12 @@ class Terms:
     one follows on and may share chunks with ("" for none), `keep` says which snapshots of the branch stay
     (`chain.retention`). `fresh`: no chunk of the parent is to be relied on, for it had to be read from a
     replica. `replicas` are the names and addresses of those that follow; a keeper in the run's own process is
-    given their stores. `scrub_bytes_per_s`: how fast the chain is scrubbed beside the run; 0: it is not."""
+    given their stores. `scrub_bytes_per_s`: how fast the chain is scrubbed beside the run; 0: it is not.
+
+    Of `ranks` ranks this is the keeper of `rank`. Rank 0 waits at most `deadline_s` seconds for the others'
+    parts of a snapshot, counted from when its own is stored. It alone commits, prunes, sends to replicas and
+    scrubs, and `lease` is its number for all of them. `part` names the manifest of the newest part that this
+    rank has announced under the lease, "" for none: the next one shares chunks with that one alone."""
 
     branch: str
     lease: int
@@ -246,7 +255,7 @@ class Terms:
     scrub_bytes_per_s: int = 0
     rank: int = 0
     ranks: int = 1
-    deadline_s: float = 600.0
+    deadline_s: float = DEADLINE_S
     part: str = ""
 
 
@@ -254,8 +263,9 @@ class Terms:
 class Job:
     """A snapshot to be stored: all of it but its bytes, which follow as waves.
 
-    `journals` are the step log up to it, to be sealed once it is durable. `take` is the number of the take,
-    where several ranks have agreed on it.
+    `journals` are the step log up to it, to be sealed once it is durable. `take` is which take of the run it
+    is, counted from 1 on and the same on all ranks; 0 where there is one rank. `look`: the take before it was
+    not committed, so that what was pruned meanwhile is to be looked for before chunks are shared.
     """
 
     layout: Layout
@@ -269,14 +279,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job: one of `snapshot` and `error` is None. `durable_ms` counts from `facts.begun`.
-    `again`: nothing is wrong that another snapshot would not make up for."""
+    """What became of a job: one of `snapshot`, `part` and `error` is not None. `durable_ms` counts from
+    `facts.begun`. `again`: nothing is wrong that another snapshot would not make up for.
+
+    A rank that is not the first has a `part`: it is durable and announced, and becomes a snapshot when rank 0
+    says so. The keeper does not know of that, so it does not finish the job's `Pending`: who is told does.
+
+    Where rank 0 waited in vain for others, the error is an `Unavailable` that is `away` and names them: as
+    with a store that does not answer, training goes on, the snapshots before it are intact, and the newest
+    state is to be taken in its place.
+    """
 
     job: Job
     snapshot: Snapshot | None
     error: BaseException | None
     durable_ms: float
     again: bool = False
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -296,8 +315,9 @@ class Keeper(Protocol):
     """Calls are made by the run's own thread, but for `wave` and `end`, which its capture thread makes."""
 
     def held(self) -> list[Held]:
-        """What lies in arenas since an earlier process of this run, newest first. Blocks until the keeper has
-        made durable (or failed to) all that the earlier process had handed over."""
+        """What lies in arenas since an earlier process of this run and rank, newest first. Blocks until the
+        keeper has made durable (or failed to) all that the earlier process had handed over; of a run of
+        another number of ranks, all that any of them had."""
 
     def begin(self, terms: Terms) -> None:
         """Work for this run from now on. What `held` gave is not to be used any more. Does not block."""

@@ -88,7 +88,8 @@ class ProcessKeeper:
         on_outcome: called after each job, before its `Pending` says so.
         warn: is told, a sentence each, what failed and did no harm.
         branch: whose keeper it is: runs that write different branches of a chain have one each.
-        replicas: where the chain is followed.
+        rank, ranks: all ranks of a run on this machine have the same process, and a seat each.
+        replicas: where the chain is followed, by the keeper of rank 0.
         on_followed: is told how each replica stands.
         identify: who is at the other end of a socket.
 
@@ -108,12 +109,15 @@ class ProcessKeeper:
         warn: Callable[[str], None],
         *,
         branch: str = MAIN,
+        rank: int = 0,
+        ranks: int = 1,
         replicas: Sequence[Store] = (),
         on_followed: Callable[[Followed], None] = lambda followed: None,
         identify: Identify = protocol.peer,
     ) -> None:
         self.deaths = 0
-        self._replicas = tuple((store.url, address_of(store)) for store in replicas)
+        self._rank, self._ranks = rank, ranks
+        self._replicas = tuple((store.url, address_of(store)) for store in replicas if not rank)
         self._on_followed = on_followed
         self._behind: set[str] = set()
         """The replicas that are known to lack something, or of which nothing is known."""
@@ -129,7 +133,8 @@ class ProcessKeeper:
         """Whether a keeper was there before this trainer; None as long as that is not known."""
         self._settled = False
         self._busy_step = 0
-        self._held: tuple[str, Arena] | None = None
+        self._held: list[tuple[str, Arena]] = []
+        """By the snapshot's id, or of many ranks by the part's manifest."""
         self._trouble: EverstepError | None = None
         """Why there is no keeper, or no arena, until somebody was told."""
         self._needed = True
@@ -159,18 +164,25 @@ class ProcessKeeper:
                 self._changed.wait_for(self._knows_held)
             if self._trouble is not None:
                 raise self._trouble
-            return [] if self._held is None else [Held(self._held[0], self._held[1].memory)]
+            return [self._held_as(name, arena) for name, arena in self._held]
+
+    def _held_as(self, name: str, arena: Arena) -> Held:
+        return Held("", arena.memory, name) if self._ranks > 1 else Held(name, arena.memory)
+
+    def _close_held(self) -> None:
+        while self._held:
+            self._held.pop()[1].close()
 
     def _knows_held(self) -> bool:
         return self._settled or self._trouble is not None or self._earlier is False
 
     def begin(self, terms: Terms) -> None:
+        if (terms.rank, terms.ranks) != (self._rank, self._ranks):
+            raise ValueError(f"this is the keeper of rank {self._rank} of {self._ranks}")
         with self._changed:
             self._terms = replace(terms, replicas=self._replicas)
             self._behind = {name for name, _ in self._replicas}
-            held, self._held = self._held, None
-            if held is not None:
-                held[1].close()
+            self._close_held()
             if self._link is not None and self._settled:
                 self._hand_over(self._link)
             self._need()
@@ -280,10 +292,10 @@ class ProcessKeeper:
             self._need()
             if not self._changed.wait_for(lambda: self._over, 2 * LEAVE_S):
                 self._warn("the keeper does not end; all that was handed over is durable, or was told")
-            arenas = [*self._lent, *([self._held[1]] if self._held is not None else [])]
+            arenas = list(self._lent)
             self._lent.clear()
             self._free.clear()
-            self._held = None
+            self._close_held()
         for arena in arenas:
             arena.close()
         _of_this_process.discard(self)
@@ -325,6 +337,8 @@ class ProcessKeeper:
             journals=protocol.Cut.all_of(job.journals),
             slices=None if job.layout is self._layout else protocol.pieces(job.layout),
             again=opened.again,
+            take=job.take,
+            look=job.look,
         )
         opened.again = True
         try:
@@ -418,7 +432,7 @@ class ProcessKeeper:
         with self._changed:
             self._link, self._settled = link, False
         try:
-            link.connection.send(protocol.Settle())
+            link.connection.send(protocol.Settle(self._rank, self._ranks))
             while not link.connection.ended:
                 for message, descriptors in link.receive(self._woken):
                     self._hear(link, message, descriptors)
@@ -560,17 +574,18 @@ class ProcessKeeper:
         return [filled for opened in self._open.values() for filled in opened.waves]
 
     def _settle(self, link: Link, message: protocol.Settled, descriptors: list[int]) -> None:
-        held = (message.snapshot, Arena.opened(descriptors.pop())) if descriptors else None
+        names = [message.snapshot] if message.snapshot else message.parts
+        held = [(name, Arena.opened(descriptor)) for name, descriptor in zip(names, descriptors, strict=True)]
         with self._changed:
             self._settled = True
             self._trouble = None
             if self._terms is not None:
                 self._hand_over(link)
             else:
-                self._held, held = held, None
+                self._held, held = held, []
             self._changed.notify_all()
-        if held is not None:
-            held[1].close()
+        for _, arena in held:
+            arena.close()
 
     def _take(self, number: int, descriptor: int) -> None:
         try:
@@ -594,11 +609,12 @@ class ProcessKeeper:
             self._behind = {name for name, _ in self._replicas}
             for opened in self._open.values():
                 if opened.number == message.job and opened.outcome is None:
-                    snapshot = message.taken()
-                    opened.outcome = Outcome(opened.job, snapshot, message.error(), message.durable_ms)
+                    opened.outcome = outcome = message.outcome(opened.job)
                     self._failures = 0
-                    if snapshot is not None and self._terms is not None:
-                        self._terms = replace(self._terms, parent=snapshot.id)
+                    if outcome.snapshot is not None and self._terms is not None:
+                        self._terms = replace(self._terms, parent=outcome.snapshot.id)
+                    if outcome.part is not None and self._terms is not None:
+                        self._terms = replace(self._terms, part=outcome.part.manifest)
 
     def _pass_on(self) -> None:
         """Tell of the jobs that have an outcome since the last time."""
@@ -608,12 +624,13 @@ class ProcessKeeper:
             if opened is None:
                 return
             assert opened.outcome is not None
-            snapshot, error = opened.outcome.snapshot, opened.outcome.error
+            outcome, error = opened.outcome, opened.outcome.error
             try:
-                self._on_outcome(opened.outcome)
+                self._on_outcome(outcome)
             except BaseException as raised:
                 error = error or raised
-            opened.job.pending.finish(snapshot, error)
+            if outcome.part is None or error is not None:
+                opened.job.pending.finish(outcome.snapshot, error)
             with self._changed:
                 opened.told = True
                 self._forget_if_over(opened)
@@ -623,7 +640,7 @@ class ProcessKeeper:
     def disown(self) -> None:
         """In a forked child, which is no trainer: close what it has of the keeper's, so that the trainer's
         death is noticed and its memory is given back."""
-        arenas = [*self._lent, *([self._held[1]] if self._held is not None else [])]
+        arenas = [*self._lent, *(arena for _, arena in self._held)]
         if self._link is not None:
             self._link.disown()
         for arena in arenas:
@@ -632,7 +649,7 @@ class ProcessKeeper:
             self._close_pipe()
         # Whoever asks here gets an answer: there is nothing, and nothing is waited for.
         self._changed = threading.Condition()
-        self._link, self._held, self._over = None, None, True
+        self._link, self._held, self._over = None, [], True
         self._lent, self._free, self._open = {}, deque(), {}
 
 

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeAlias
 
-from everstep.chain import prune
+from everstep.chain import parts, prune
 from everstep.chain.census import Census
 from everstep.chain.history import Chain, Snapshot
 from everstep.chain.lease import Lease
+from everstep.chain.packing import Shares
+from everstep.chain.parts import Part, Take
+from everstep.chain.siblings import Siblings
 from everstep.chain.steplog import EndedJournal, StepLog
 from everstep.chain.writer import Captured, Facts, Wave, Writer
 from everstep.errors import Damaged, EverstepError, NotFound, Unavailable
 from everstep.keeper.arena import Arena
 from everstep.keeper.base import Job, Outcome, Terms
 from everstep.keeper.following import Following
+from everstep.keeper.joining import Joining
 from everstep.keeper.scrubbing import Scrubbing
 
-ARRIVING, WAITING, STORING, TIDYING = "arriving", "waiting", "storing", "tidying"
-"""What becomes of a job, one after the other (a job may be stored while it arrives)."""
+ARRIVING, WAITING, STORING, JOINING, TIDYING = "arriving", "waiting", "storing", "joining", "tidying"
+"""What becomes of a job, one after the other (a job may be stored while it arrives; with rank 0 of several it
+waits for the parts of the others, which is joining)."""
+
+Then: TypeAlias = Callable[[Outcome], None]
 
 
 class Dropped(Exception):
@@ -128,7 +138,10 @@ class Given:
 
 
 class Keeping:
-    """The writer's side of one run. Making one reads the manifest that the run goes on from.
+    """The writer's side of one rank of a run. Making one reads the manifest that it goes on from.
+
+    A rank that is not the first stores its parts and announces them, and does nothing else: it holds no
+    lease, commits, seals and prunes nothing.
 
     Args:
         chain: where to.
@@ -136,6 +149,7 @@ class Keeping:
         warn: is told, a sentence each, what failed and did no harm.
         following: the replicas, which are told of what is new, and may tell that the run must stop.
         scrubbing: what reads the chain meanwhile, and waits while there is something to do.
+        siblings: what it has in common with the keepings of other ranks in this process.
     """
 
     def __init__(
@@ -145,8 +159,13 @@ class Keeping:
         warn: Callable[[str], None],
         following: Following | None = None,
         scrubbing: Scrubbing | None = None,
+        siblings: Siblings | None = None,
     ) -> None:
         self.chain = chain
+        self._terms = terms
+        self._siblings = siblings
+        if siblings is not None:
+            siblings.enter()
         self._warn = warn
         self._following = following
         self._scrubbing = scrubbing
@@ -155,28 +174,49 @@ class Keeping:
         self._lease = Lease(chain.store, terms.lease, terms.branch)
         self._log = StepLog(chain, terms.branch, terms.lease)
         self._writer = Writer(chain, self._lease, terms.branch, terms.parent)
-        if terms.parent and not terms.fresh:
+        self._writing = threading.Lock()
+        """Held by who uses the writer: where parts are waited for there are two who do."""
+        self._joining = Joining(chain, terms.ranks, terms.deadline_s)
+        if terms.part or (terms.parent and not terms.fresh):
             self._build_on(terms.parent)
 
     def _build_on(self, snapshot: str) -> None:
-        """The run has just restored it, so its chunks are good."""
+        """The run has just restored it, so its chunks are good. Or this rank has stored a part meanwhile."""
+        rank, ranks = self._terms.rank, self._terms.ranks
         try:
-            self._writer.build_on(self.chain.manifest(self.chain.snapshot(snapshot)))
+            if self._terms.part:
+                self._writer.build_on(self.chain.part_named(self._terms.part, rank, ranks))
+                return
+            record = self.chain.snapshot(snapshot)
+            if ranks == 1:
+                self._writer.build_on(self.chain.manifest(record))
+            elif len(record.record.manifests) == ranks:
+                self._writer.build_on(self.chain.part(record, rank))
         except (Damaged, NotFound):
             # Then nothing is shared with it, and the next snapshot is a full one.
             return
 
-    def store(self, given: Given) -> Outcome:
+    def store(self, given: Given, then: Then) -> None:
         """Make a job durable, or find that it cannot be: then nothing of it is in the chain. Blocks; also
-        where a job failed and its waves still come."""
+        where a job failed and its waves still come.
+
+        Args:
+            then: is told what became of it, once: before this returns; or, with rank 0 of several, by another
+                thread, when the other ranks' parts are there too or it has waited in vain. So what is stored
+                next does not wait for them.
+        """
         job = given.job
         given.phase = STORING
         snapshot: Snapshot | None = None
+        part: Part | None = None
         error: BaseException | None = None
         self._busy(True)
         try:
             self._refuse_fenced()
-            snapshot = self._writer.write(given.captured(), job.facts)
+            if self._terms.ranks == 1:
+                snapshot = self._writer.write(given.captured(), job.facts)
+            else:
+                part = self._store_part(given)
         except Dropped:
             error = Unavailable("the snapshot could not be completed", kept="those before it are intact")
         except BaseException as raised:
@@ -185,8 +225,82 @@ class Keeping:
             self._busy(False)
             if self._following is not None:
                 self._following.storing(False)
-        durable_ms = since_ms(job.facts.begun)
-        return Outcome(job, snapshot, error, durable_ms)
+        if part is not None and not self._terms.rank:
+            given.phase = JOINING
+            self._joining.put(self._take(job), partial(self._commit, given, then, time.monotonic()))
+        else:
+            then(Outcome(job, snapshot, error, since_ms(job.facts.begun), part=part))
+
+    # -- with other ranks -----------------------------------------------------------------------------------
+
+    def _take(self, job: Job) -> Take:
+        return Take(self._terms.branch, self._terms.lease, job.take)
+
+    def _shares(self, job: Job) -> Callable[[], Shares] | None:
+        return None if self._siblings is None else partial(self._siblings.shares, self._take(job))
+
+    def _store_part(self, given: Given) -> Part:
+        job, rank, ranks = given.job, self._terms.rank, self._terms.ranks
+        try:
+            with self._writing:
+                if job.look:
+                    self._writer.look_again()
+                part = self._writer.store_part(given.captured(), rank, ranks, self._shares(job))
+            return parts.announce(
+                self.chain, self._take(job), replace(part, approximate=job.facts.approximate)
+            )
+        except BaseException as error:
+            if rank:
+                self._withdraw(job, error)
+            raise
+
+    def _withdraw(self, job: Job, error: BaseException) -> None:
+        """The other ranks need not wait for this one."""
+        why = error.problem if isinstance(error, EverstepError) else f"{type(error).__name__}: {error}"
+        try:
+            parts.withdraw(self.chain, self._take(job), self._terms.rank, why)
+        except Exception as raised:
+            self._warn(
+                f"rank {self._terms.rank} has no part of the snapshot of step {job.facts.step}, and cannot "
+                f"tell the others, which wait for it ({type(raised).__name__}: {raised})"
+            )
+
+    def _commit(
+        self, given: Given, then: Then, begun: float, found: list[Part], error: BaseException | None
+    ) -> None:
+        """In the thread that joins: all parts are there, or there is an error."""
+        job = given.job
+        snapshot: Snapshot | None = None
+        job.facts.costs["join"] = (time.monotonic() - begun) * 1e3
+        if error is None:
+            given.phase = STORING
+            try:
+                with self._writing:
+                    snapshot = self._writer.commit(found, job.facts)
+            except BaseException as raised:
+                error = raised
+            else:
+                self._clear(self._take(job))
+        then(Outcome(job, snapshot, error, since_ms(job.facts.begun)))
+
+    def _clear(self, take: Take) -> None:
+        """What the ranks have told of a take that is committed is of no use any more."""
+        try:
+            parts.clear(self.chain, take)
+        except Exception as error:
+            self._warn(f"what the ranks told of a take stays for now ({type(error).__name__}: {error})")
+
+    def hurry(self) -> None:
+        """Somebody waits until all is done."""
+        self._joining.hurry()
+
+    def close(self) -> None:
+        """End. Only when nothing is under way."""
+        self._joining.close()
+        if self._siblings is not None:
+            self._siblings.leave()
+
+    # -- before and after -----------------------------------------------------------------------------------
 
     def _refuse_fenced(self) -> None:
         if self._following is not None:
@@ -198,9 +312,17 @@ class Keeping:
         if self._scrubbing is not None:
             self._scrubbing.storing(begins)
 
-    def stored_before(self, facts: Facts) -> Snapshot | None:
-        """The branch's head, if it is just this snapshot: a keeper of the same run has stored it, and was
-        killed before it could say so."""
+    def stored_before(self, job: Job) -> Outcome | None:
+        """What became of a job that a keeper of the same run may have stored, if it has: that was killed
+        before it could say so."""
+        if self._terms.rank:
+            part = parts.told(self.chain, self._take(job), self._terms.rank)
+            return None if part is None else Outcome(job, None, None, since_ms(job.facts.begun), part=part)
+        head = self._head_if(job.facts)
+        return None if head is None else Outcome(job, head, None, head.record.costs.get("durable", 0.0))
+
+    def _head_if(self, facts: Facts) -> Snapshot | None:
+        """The branch's head, if it is just this snapshot."""
         head = self.chain.head(self._writer.branch)
         if head is None:
             return None
@@ -226,17 +348,19 @@ class Keeping:
     def _tidy(self, journals: Sequence[EndedJournal]) -> None:
         try:
             self._log.seal(journals)
-            branches = [self._writer.branch]
-            plan = prune.plan(
-                self.chain, self._keep, branches=branches, mine=self._lease, census=self._census
-            )
-            if plan is not None:
-                self._writer.forget_packs(set(plan.packs))
-                self._writer.has_pruned(prune.execute(self.chain, plan).records)
+            with self._writing:
+                self._prune()
         except EverstepError as error:
             self._warn(str(error))
         except Exception as error:
             self._warn(f"the chain could not be tidied ({type(error).__name__}: {error})")
+
+    def _prune(self) -> None:
+        branches = [self._writer.branch]
+        plan = prune.plan(self.chain, self._keep, branches=branches, mine=self._lease, census=self._census)
+        if plan is not None:
+            self._writer.forget_packs(set(plan.packs))
+            self._writer.has_pruned(prune.execute(self.chain, plan).records)
 
 
 def since_ms(begun: float | None) -> float:

@@ -27,6 +27,7 @@ import msgspec
 
 from everstep import errors
 from everstep.chain.history import Snapshot
+from everstep.chain.parts import Part
 from everstep.chain.steplog import EndedJournal
 from everstep.chain.writer import Facts
 from everstep.errors import Damaged, EverstepError, Unavailable, Unsupported
@@ -34,16 +35,17 @@ from everstep.format.layout import Kin, Layout, Slice, lay_out
 from everstep.format.manifest import (
     MAX_DTYPE_CHARACTERS,
     MAX_NAME_CHARACTERS,
+    MAX_RANKS,
     Count,
     Digest,
     Shape,
 )
 from everstep.format.record import Origin, SnapshotRecord
 from everstep.keeper.arena import MAX_ARENA_BYTES
-from everstep.keeper.base import Followed, Outcome, Terms
+from everstep.keeper.base import DEADLINE_S, Followed, Job, Outcome, Terms
 from everstep.version import __version__
 
-PROTOCOL = 4
+PROTOCOL = 5
 VERSION = f"{__version__}/{PROTOCOL}"
 """Both sides must be of the same: a keeper also writes the chain as its version does."""
 
@@ -55,6 +57,9 @@ MAX_ITEMS = 1 << 20
 """In a list or dict of a message."""
 MAX_SHORT = 4096
 MAX_REPLICAS = 64
+MAX_DEADLINE_S = 7 * 24 * 3600.0
+MAX_HELD = 2
+"""Parts that lie in memory for the next trainer of a rank."""
 MAX_TEXT = 4 * 1024 * 1024
 
 _RECEIVE_BYTES = 256 * 1024
@@ -67,6 +72,10 @@ Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Size: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=MAX_ARENA_BYTES)]
 Address: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MAX_ARENA_BYTES)]
+Rank: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)]
+Ranks: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
+Name: TypeAlias = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$", max_length=64)]
+"""A digest, or ""."""
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -103,16 +112,29 @@ class Ask(Message, tag="ask", frozen=True):
 
 
 class Open(msgspec.Struct, frozen=True):
-    """A job that is not done. `phase` is "arriving", "waiting", "storing" or "tidying"."""
+    """A job that is not done. `phase` is "arriving", "waiting", "storing", "joining" or "tidying"."""
 
     step: Number
     phase: Short
     size_bytes: Number = 0
 
 
+class Seated(msgspec.Struct, frozen=True):
+    """A seat: what a keeper does for one rank. `trainer` is the process that has it, 0 for none; `held` are
+    what lies in memory for the next one: the snapshot, or of many ranks the parts' manifests."""
+
+    rank: Rank
+    trainer: Number = 0
+    jobs: Annotated[tuple[Open, ...], msgspec.Meta(max_length=MAX_ITEMS)] = ()
+    arenas: Annotated[tuple[Number, ...], msgspec.Meta(max_length=MAX_ITEMS)] = ()
+    held: Annotated[tuple[Short, ...], msgspec.Meta(max_length=MAX_HELD)] = ()
+
+
 class Status(Message, tag="status", frozen=True):
-    """What a keeper is doing. `since` is when it started (UTC), `trainer` the process that it works for, 0
-    for none; `held` the snapshot that it keeps in memory for the next; `nice` its niceness."""
+    """What a keeper is doing. `since` is when it started (UTC), `nice` its niceness. `ranks` is how many the
+    run has, and `seats` are those of this machine. `jobs` and `arenas` are those of all seats, `trainer` and
+    `held` the first that any of them has: the process that it works for, 0 for none, and what it keeps in
+    memory for the next."""
 
     version: Short
     pid: Number
@@ -127,13 +149,26 @@ class Status(Message, tag="status", frozen=True):
     torch_imported: bool = False
     unsent: Annotated[dict[Short, Number], msgspec.Meta(max_length=MAX_REPLICAS)] = {}
     """By replica, how many snapshots it lacks, of those that lack any or could not be looked at."""
+    ranks: Ranks = 1
+    seats: Annotated[tuple[Seated, ...], msgspec.Meta(max_length=MAX_ITEMS)] = ()
 
 
 # -- from the trainer --------------------------------------------------------------------------------------
 
 
+def _refuse_rank(rank: int, ranks: int) -> None:
+    if rank >= ranks:
+        raise ValueError(f"rank {rank} of {ranks}")
+
+
 class Settle(Message, tag="settle", frozen=True):
-    """Finish what an earlier trainer has handed over, then say what is held of it."""
+    """Finish what an earlier trainer of this rank has handed over, then say what is held of it."""
+
+    rank: Rank = 0
+    ranks: Ranks = 1
+
+    def __post_init__(self) -> None:
+        _refuse_rank(self.rank, self.ranks)
 
 
 class Begin(Message, tag="begin", frozen=True):
@@ -146,6 +181,15 @@ class Begin(Message, tag="begin", frozen=True):
     fresh: bool = False
     replicas: Annotated[tuple[tuple[Short, Short], ...], msgspec.Meta(max_length=MAX_REPLICAS)] = ()
     scrub_bytes_per_s: Number = 0
+    rank: Rank = 0
+    ranks: Ranks = 1
+    deadline_s: float = DEADLINE_S
+    part: Name = ""
+
+    def __post_init__(self) -> None:
+        _refuse_rank(self.rank, self.ranks)
+        if not 0 <= self.deadline_s <= MAX_DEADLINE_S:
+            raise ValueError(f"a deadline of {self.deadline_s} seconds")
 
     @classmethod
     def under(cls, terms: Terms) -> Begin:
@@ -237,6 +281,8 @@ class Submit(Message, tag="submit", frozen=True):
     journals: Annotated[tuple[Cut, ...], msgspec.Meta(max_length=MAX_ITEMS)]
     slices: Annotated[tuple[Piece, ...], msgspec.Meta(max_length=MAX_ITEMS)] | None
     again: bool = False
+    take: Number = 0
+    look: bool = False
 
 
 class Fill(Message, tag="wave", frozen=True):
@@ -284,12 +330,14 @@ class Busy(Message, tag="busy", frozen=True):
 
 class Settled(Message, tag="settled", frozen=True):
     """The earlier trainer's jobs are done. Its newest snapshot ("" for none) lies in the arena that comes
-    with this."""
+    with this; or of many ranks its newest parts, which are called by their manifests, newest first, an arena
+    each."""
 
-    snapshot: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$", max_length=64)]
+    snapshot: Name
+    parts: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=MAX_HELD)] = ()
 
     def descriptors(self) -> int:
-        return 1 if self.snapshot else 0
+        return len(self.parts) + (1 if self.snapshot else 0)
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -353,19 +401,43 @@ class Freed(Message, tag="freed", frozen=True):
     arena: Number
 
 
+class Announced(msgspec.Struct, frozen=True):
+    """`chain.parts.Part`."""
+
+    rank: Rank
+    ranks: Ranks
+    manifest: Digest
+    state: Digest
+    logical_bytes: Number
+    new_bytes: Number
+    stored_bytes: Number
+    approximate: Annotated[tuple[Text, ...], msgspec.Meta(max_length=MAX_ITEMS)] = ()
+    relies: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=MAX_ITEMS)] = ()
+
+    @classmethod
+    def of(cls, part: Part) -> Announced:
+        return cls(**{name: getattr(part, name) for name in cls.__struct_fields__})
+
+    def part(self) -> Part:
+        return Part(**{name: getattr(self, name) for name in self.__struct_fields__})
+
+
 class Done(Message, tag="done", frozen=True):
-    """The job is durable, or failed; the arenas it still had are free."""
+    """The job is durable, as a snapshot or as a part of one, or failed; the arenas it still had are free."""
 
     job: Number
     durable_ms: float
     snapshot: Digest | None = None
     record: SnapshotRecord | None = None
     problem: Problem | None = None
+    part: Announced | None = None
 
     @classmethod
     def of(cls, number: int, outcome: Outcome) -> Done:
         if outcome.snapshot is not None:
             return cls(number, outcome.durable_ms, outcome.snapshot.id, outcome.snapshot.record)
+        if outcome.part is not None:
+            return cls(number, outcome.durable_ms, part=Announced.of(outcome.part))
         error = outcome.error or Damaged("a job ended without an outcome")
         return cls(number, outcome.durable_ms, problem=Problem.of(error))
 
@@ -374,8 +446,12 @@ class Done(Message, tag="done", frozen=True):
             return None
         return Snapshot(self.snapshot, self.record)
 
+    def outcome(self, job: Job) -> Outcome:
+        part = None if self.part is None else self.part.part()
+        return Outcome(job, self.taken(), self.error(), self.durable_ms, part=part)
+
     def error(self) -> EverstepError | None:
-        if self.taken() is not None:
+        if self.taken() is not None or self.part is not None:
             return None
         return (self.problem or Problem("", "the keeper failed and does not say why")).error()
 

@@ -3,6 +3,9 @@
 It takes what a trainer hands over and makes it durable, whatever becomes of the trainer. When that is killed,
 the keeper finishes what it was given, keeps the newest snapshot in memory for a while, in case the trainer is
 started again, and leaves. After a clean end it leaves at once, and nothing of it stays.
+
+Where a run has many ranks, all trainers of this machine have the same keeper, and a seat each: what becomes
+of one of them is nothing to the others.
 """
 
 from __future__ import annotations
@@ -10,7 +13,6 @@ from __future__ import annotations
 import faulthandler
 import io
 import os
-import select
 import selectors
 import signal
 import socket
@@ -18,17 +20,17 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from everstep.chain.history import Chain, now
+from everstep.chain.siblings import Siblings
 from everstep.errors import Conflict, Damaged, EverstepError, Unsupported
 from everstep.keeper import memory, protocol
-from everstep.keeper.arena import Arena
 from everstep.keeper.following import Following
 from everstep.keeper.places import Lock, Place, sweep
 from everstep.keeper.protocol import Connection, Identify, Message
+from everstep.keeper.seat import Caller, Seat
 from everstep.keeper.start import LISTENING, TAKEN
 from everstep.keeper.work import Work
 
@@ -45,63 +47,15 @@ START_S = 60.0
 """So long a keeper waits for who has started it."""
 
 LOG_BYTES = 1024 * 1024
-MAX_PEERS = 64
+MAX_CALLERS = 256
 MAX_UNSENT_BYTES = 1024 * 1024
 """Who asks and does not listen is let go; a trainer may be stopped for as long as it likes."""
 
 _ENDS = (signal.SIGTERM, signal.SIGHUP)
 
 
-class _Peer:
-    """A process that has connected.
-
-    Attributes:
-        life: a descriptor that tells of its death.
-        greeted: whether it is of this version.
-        heir: whether it has asked what is held, and so may want to be the next trainer.
-        waits: whether it was not told yet.
-        unclaimed: descriptors that came with its messages and that nobody has taken.
-    """
-
-    def __init__(self, connection: Connection, pid: int) -> None:
-        self.connection = connection
-        self.pid = pid
-        self.life: int | None = None
-        self.greeted = self.heir = self.waits = False
-        self.unclaimed: list[int] = []
-
-    def tell(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
-        """Only in the thread that serves."""
-        self.connection.send(message, descriptors)
-
-
-@dataclass(frozen=True)
-class _Telling:
-    """How the threads of a `Work` reach its trainer: what the socket does not take at once is left to the
-    service, which watches it."""
-
-    peer: _Peer
-    wake: Callable[[], None]
-
-    @property
-    def lives(self) -> bool:
-        if self.peer.life is None:
-            return not self.peer.connection.ended
-        poll = select.poll()
-        poll.register(self.peer.life, select.POLLIN)
-        return not poll.poll(0)
-
-    def tell(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
-        self.peer.connection.send(message, descriptors)
-        if self.peer.connection.unsent_bytes:
-            self.wake()
-
-    def drain(self) -> None:
-        self.peer.connection.drain()
-
-
 class Service:
-    """Listens, and gives each trainer's messages to its `Work`. Runs in one thread and never blocks it.
+    """Listens, and gives each trainer's messages to its seat. Runs in one thread and never blocks it.
 
     Args:
         chain: where to.
@@ -126,18 +80,18 @@ class Service:
         self._linger_s = linger_s
         self._clock = clock
         self._since = now()
-        self._peers: list[_Peer] = []
-        self._trainer: _Peer | None = None
-        self._work: Work | None = None
-        self._finished = True
-        """Whether nothing more is to be done for the last trainer's work."""
-        self._leaving = False
+        self._callers: list[Caller] = []
+        self._ranks = 1
+        """Of the run whose seats these are."""
+        self._seats: dict[int, Seat] = {}
+        """By rank: those that have a trainer, or something of one that is gone."""
+        self._siblings = Siblings()
+        self._before: Following | None = None
+        """What followed for an earlier run, and was stopped."""
         self._hurried = False
         """Whether to leave without waiting for replicas."""
         self._due = clock() + START_S
-        self._given_up_at = 0.0
-        """When nothing has been sent to a replica for so long that it is left to the next run."""
-        self._progress = 0
+        """So long somebody may come."""
         self._selector = selectors.DefaultSelector()
         self._woken, self._waking = socket.socketpair()
         for sock in (listener, self._woken, self._waking):
@@ -151,8 +105,8 @@ class Service:
             self._waking.send(b"\0")
 
     def leave(self) -> None:
-        """Serve the trainer that is there to its end, if there is one; then go, whatever replicas lack."""
-        self._leaving = self._hurried = True
+        """Serve the trainers that are there to their end; then go, whatever replicas lack."""
+        self._hurried = True
         self.wake()
 
     def run(self) -> None:
@@ -166,63 +120,59 @@ class Service:
     # -- when to leave --------------------------------------------------------------------------------------
 
     def _over(self) -> bool:
-        if self._trainer is not None or not self._finished:
+        if any(seat.at_work for seat in self._seats.values()):
             return False
         if self._hurried:
             return True
-        heirs = any(peer.heir for peer in self._peers)
-        return not heirs and (self._leaving or self._clock() >= self._due) and not self._sends()
+        lingers = self._clock() < self._due or any(seat.lingers() for seat in self._seats.values())
+        return not lingers and not self._heirs()
 
-    def _sends(self) -> bool:
-        """Whether a replica still gets something: as long as it takes, but not while nothing can be sent."""
-        following = self._work.following if self._work is not None else None
-        if following is None or not following.sending:
-            return False
-        if following.progress != self._progress:
-            self._progress = following.progress
-            self._given_up_at = self._clock() + self._linger_s
-        return self._clock() < self._given_up_at
+    def _heirs(self) -> bool:
+        """Whether anybody may want to be the next trainer."""
+        return any(caller.heir for caller in self._callers)
 
     def _patience(self) -> float | None:
         """So long nothing but a message, a job's end, or what was sent, changes anything."""
-        if self._trainer is not None or not self._finished:
+        if self._heirs():
             return None
-        now = self._clock()
-        if self._sends():
-            return max(self._given_up_at - now, 0.0)
-        return max(self._due - now, 0.0) if not any(peer.heir for peer in self._peers) else None
+        resting = [seat.patience_s() for seat in self._seats.values() if not seat.at_work]
+        if len(resting) == len(self._seats):
+            return max([self._due - self._clock(), 0.0, *resting])
+        return min(resting, default=None)
 
     def _look_around(self) -> None:
-        for peer in list(self._peers):
-            self._watch_sending(peer)
-        work = self._work
-        if work is not None and work.idle and self._trainer is None and not self._finished:
-            self._finish(work)
-        if self._finished:
-            for peer in self._peers:
-                if peer.waits:
-                    self._answer_settle(peer)
+        for caller in list(self._callers):
+            self._watch_sending(caller)
+        heirs = self._heirs()
+        for seat in list(self._seats.values()):
+            seat.look_around(self._hurried)
+            if not seat.at_work and not seat.lingers() and not heirs:
+                self._clear(seat)
+        for caller in self._callers:
+            if caller.waits and not any(seat.at_work for seat in self._before_it(caller)):
+                self._answer_settle(caller)
 
-    def _finish(self, work: Work) -> None:
-        """All that a trainer, which is gone, had handed over is done."""
-        self._finished = True
-        work.rest(keep=not self._leaving)
-        if work.following is not None:
-            self._given_up_at = self._clock() + self._linger_s
-            work.following.finish()
-        self._linger_anew()
+    def _clear(self, seat: Seat) -> None:
+        """Nobody comes for what it holds."""
+        del self._seats[seat.rank]
+        self._stop_following(seat.close())
+
+    def _stop_following(self, following: Following | None) -> None:
+        if following is not None:
+            following.stop()
+            self._before = following
 
     def _close(self) -> None:
         self._selector.unregister(self._listener)
         self._listener.close()
-        for peer in list(self._peers):
-            self._part(peer)
-        if self._work is not None:
-            if self._work.following is not None:
-                self._work.following.close()
-            arena = self._work.close()
-            if arena is not None:
-                arena.close()
+        for caller in list(self._callers):
+            self._part(caller)
+        for seat in self._seats.values():
+            following = seat.close()
+            if following is not None:
+                following.close()
+        if self._before is not None:
+            self._before.close()
         self._selector.close()
         self._woken.close()
         self._waking.close()
@@ -235,111 +185,132 @@ class Service:
         except OSError:
             return
         who = self._identify(sock)
-        if who.uid != os.geteuid() or len(self._peers) >= MAX_PEERS:
+        if who.uid != os.geteuid() or len(self._callers) >= MAX_CALLERS:
             sock.close()
             return
-        peer = _Peer(Connection(sock, protocol.TO_KEEPER, protocol.MAX_GREETING_BYTES), who.pid)
-        self._peers.append(peer)
-        self._selector.register(sock, selectors.EVENT_READ, partial(self._hear, peer))
+        caller = Caller(Connection(sock, protocol.TO_KEEPER, protocol.MAX_GREETING_BYTES), who.pid)
+        self._callers.append(caller)
+        self._selector.register(sock, selectors.EVENT_READ, partial(self._hear, caller))
 
     def _wake_up(self) -> None:
         with suppress(BlockingIOError):
             self._woken.recv(4096)
 
-    def _watch_sending(self, peer: _Peer) -> None:
+    def _watch_sending(self, caller: Caller) -> None:
         """Be told when a socket takes more, where something waits for that."""
-        unsent = peer.connection.unsent_bytes
-        if unsent > MAX_UNSENT_BYTES and peer is not self._trainer:
-            self._part(peer)
+        unsent = caller.connection.unsent_bytes
+        if unsent > MAX_UNSENT_BYTES and self._seat_of(caller) is None:
+            self._part(caller)
             return
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if unsent else 0)
-        key = self._selector.get_key(peer.connection)
+        key = self._selector.get_key(caller.connection)
         if key.events != events:
-            self._selector.modify(peer.connection, events, key.data)
+            self._selector.modify(caller.connection, events, key.data)
 
-    def _hear(self, peer: _Peer) -> None:
-        """Something has come of a peer, or it takes more."""
-        if peer not in self._peers:
+    def _hear(self, caller: Caller) -> None:
+        """Something has come of a process, or it takes more."""
+        if caller not in self._callers:
             return
-        peer.connection.flush()
+        caller.connection.flush()
         try:
-            for message, descriptors in peer.connection.receive():
-                peer.unclaimed += descriptors
-                self._act(peer, message)
+            for message, descriptors in caller.connection.receive():
+                caller.unclaimed += descriptors
+                self._act(caller, message)
         except EverstepError as error:
-            log(f"process {peer.pid}: {error}")
-            peer.tell(protocol.Refused(protocol.Problem.of(error)))
-            self._part(peer)
+            log(f"process {caller.pid}: {error}")
+            caller.tell(protocol.Refused(protocol.Problem.of(error)))
+            self._part(caller)
             return
-        if peer.connection.ended:
-            self._part(peer)
+        if caller.connection.ended:
+            self._part(caller)
 
-    def _part(self, peer: _Peer) -> None:
-        """A peer is gone, or is let go."""
-        if peer not in self._peers:
+    def _part(self, caller: Caller) -> None:
+        """A process is gone, or is let go."""
+        if caller not in self._callers:
             return
-        self._peers.remove(peer)
-        self._selector.unregister(peer.connection)
-        if peer.life is not None:
-            self._selector.unregister(peer.life)
-            os.close(peer.life)
-        peer.connection.close()
-        while peer.unclaimed:
-            os.close(peer.unclaimed.pop())
-        if peer is self._trainer:
-            self._let_go()
-        elif peer.heir and self._trainer is None and self._finished:
-            self._linger_anew()
+        self._callers.remove(caller)
+        self._selector.unregister(caller.connection)
+        if caller.life is not None:
+            self._selector.unregister(caller.life)
+            os.close(caller.life)
+        caller.connection.close()
+        while caller.unclaimed:
+            os.close(caller.unclaimed.pop())
+        seat = self._seat_of(caller)
+        if seat is not None:
+            seat.let_go(died=True)
+        elif caller.heir:
+            # It goes without having begun: the time counts anew.
+            for seat in self._before_it(caller):
+                if not seat.at_work:
+                    seat.linger_anew()
 
-    def _let_go(self) -> None:
-        """The trainer is gone, or has all it wanted."""
-        self._trainer = None
-        if self._work is not None:
-            self._finished = False
-            self._work.orphan()
-
-    def _linger_anew(self) -> None:
-        useful = self._work is not None and (self._work.newest is not None or self._work.unfinished)
-        self._due = self._clock() + (self._linger_s if useful else 0.0)
-
-    def _watch_life(self, peer: _Peer) -> None:
+    def _watch_life(self, caller: Caller) -> None:
         """Notice the death of a process although its forked children still have the socket."""
         with suppress(OSError):  # It is dead already, or of another world: the socket will tell.
-            peer.life = os.pidfd_open(peer.pid)
-            self._selector.register(peer.life, selectors.EVENT_READ, partial(self._bury, peer))
+            caller.life = os.pidfd_open(caller.pid)
+            self._selector.register(caller.life, selectors.EVENT_READ, partial(self._bury, caller))
 
-    def _bury(self, peer: _Peer) -> None:
-        """A peer is dead: what it has sent is heard to the end, then it is gone."""
+    def _bury(self, caller: Caller) -> None:
+        """A process is dead: what it has sent is heard to the end, then it is gone."""
         before = -1
-        while peer in self._peers and peer.connection.received_bytes != before:
-            before = peer.connection.received_bytes
-            self._hear(peer)
-        self._part(peer)
+        while caller in self._callers and caller.connection.received_bytes != before:
+            before = caller.connection.received_bytes
+            self._hear(caller)
+        self._part(caller)
+
+    # -- seats ----------------------------------------------------------------------------------------------
+
+    def _seat_of(self, trainer: Caller) -> Seat | None:
+        """The one that a process has."""
+        return next((seat for seat in self._seats.values() if seat.trainer is trainer), None)
+
+    def _before_it(self, heir: Caller) -> list[Seat]:
+        """The seats in which all is to be done before this process may begin: its rank's own; or all, where
+        there were more ranks, or fewer."""
+        if heir.ranks != self._ranks:
+            return list(self._seats.values())
+        return [self._seats[heir.rank]] if heir.rank in self._seats else []
+
+    def _refuse_taken(self, heir: Caller) -> None:
+        """Raises Conflict where another process is the trainer of this rank, or of a run of other ranks."""
+        for seat in self._before_it(heir):
+            if seat.trainer is not None and seat.trainer is not heir:
+                of = f" as rank {seat.rank} of {self._ranks}" if self._ranks > 1 else ""
+                raise Conflict(
+                    f"{self._chain.url} is being written by process {seat.trainer.pid} on this machine{of}",
+                    kept="nothing was touched",
+                    next=f"kill {seat.trainer.pid}  # it takes a last snapshot",
+                )
 
     # -- what is said ---------------------------------------------------------------------------------------
 
-    def _act(self, peer: _Peer, message: Message) -> None:
+    def _act(self, caller: Caller, message: Message) -> None:
         match message:
             case protocol.Hello():
-                self._greet(peer, message)
+                self._greet(caller, message)
+                return
             case protocol.Leave():
                 self.leave()
+                return
             case protocol.Ask():
-                peer.tell(self._status())
-            case _ if not peer.greeted:
+                caller.tell(self._status())
+                return
+            case _ if not caller.greeted:
                 raise Unsupported(f"this keeper is of version {protocol.VERSION}")
             case protocol.Settle():
-                self._settle(peer)
+                self._settle(caller, message)
+                return
             case protocol.Begin():
-                self._begin(peer, message)
-            case _ if peer is not self._trainer or self._work is None:
-                raise Damaged(f"{type(message).__name__} is for a trainer to say")
-            case protocol.Goodbye():
-                self._leaving = True
-                peer.heir = False
-                self._let_go()
-            case _:
-                self._pass_on(self._work, message, peer.unclaimed)
+                self._begin(caller, message)
+                return
+        seat = self._seat_of(caller)
+        if seat is None:
+            raise Damaged(f"{type(message).__name__} is for a trainer to say")
+        if isinstance(message, protocol.Goodbye):
+            seat.let_go(died=False)
+            return
+        self._pass_on(seat.work, message, caller.unclaimed)
 
     def _pass_on(self, work: Work, message: Message, descriptors: list[int]) -> None:
         match message:
@@ -360,68 +331,85 @@ class Service:
             case protocol.Tidy():
                 work.tidy(message)
 
-    def _greet(self, peer: _Peer, hello: protocol.Hello) -> None:
-        trainer = self._trainer.pid if self._trainer is not None else 0
-        peer.tell(protocol.Welcome(protocol.VERSION, os.getpid(), trainer))
+    def _trainer(self) -> int:
+        """A process that this keeper works for, 0 for none."""
+        return next((seat.trainer.pid for seat in self._in_order() if seat.trainer is not None), 0)
+
+    def _in_order(self) -> list[Seat]:
+        return [seat for _, seat in sorted(self._seats.items())]
+
+    def _greet(self, caller: Caller, hello: protocol.Hello) -> None:
+        caller.tell(protocol.Welcome(protocol.VERSION, os.getpid(), self._trainer()))
         if hello.version == protocol.VERSION and hello.chain in ("", self._chain.about.chain):
-            peer.greeted = True
-            peer.connection.limit_bytes = protocol.MAX_FRAME_BYTES
+            caller.greeted = True
+            caller.connection.limit_bytes = protocol.MAX_FRAME_BYTES
 
-    def _settle(self, peer: _Peer) -> None:
-        if self._trainer is not None and self._trainer is not peer:
-            raise Conflict(
-                f"{self._chain.url} is being written by process {self._trainer.pid} on this machine",
-                kept="nothing was touched",
-                next=f"kill {self._trainer.pid}  # it takes a last snapshot",
-            )
-        peer.heir = peer.waits = True
-        if peer.life is None:
-            self._watch_life(peer)
-        if self._finished and self._work is not None and self._work.unfinished:
-            self._finished = False
-            self._work.try_again()
-        if not self._finished and self._work is not None:
-            peer.tell(protocol.Busy(self._work.next_step))
+    def _settle(self, caller: Caller, message: protocol.Settle) -> None:
+        caller.rank, caller.ranks = message.rank, message.ranks
+        self._refuse_taken(caller)
+        self._due = self._clock()
+        caller.heir = caller.waits = True
+        if caller.life is None:
+            self._watch_life(caller)
+        before = self._before_it(caller)
+        for seat in before:
+            seat.hurry()
+        if any(seat.at_work for seat in before):
+            steps = [step for seat in before if (step := seat.work.next_step)]
+            caller.tell(protocol.Busy(min(steps, default=0)))
 
-    def _answer_settle(self, peer: _Peer) -> None:
-        peer.waits = False
-        newest = self._work.newest if self._work is not None else None
-        if newest is None or newest[1].descriptor is None:
-            peer.tell(protocol.Settled(""))
-        else:
-            peer.tell(protocol.Settled(newest[0]), (newest[1].descriptor,))
+    def _answer_settle(self, caller: Caller) -> None:
+        caller.waits = False
+        seat = self._seats.get(caller.rank) if caller.ranks == self._ranks else None
+        caller.tell(*(seat.settled() if seat is not None else (protocol.Settled(""), ())))
 
-    def _begin(self, peer: _Peer, message: protocol.Begin) -> None:
-        if not peer.heir or peer.waits or self._trainer is not None or not self._finished:
-            raise Conflict(f"the keeper of {self._chain.url} is at work for another process")
-        spare: Arena | None = None
-        before: Following | None = None
-        if self._work is not None:
-            spare, before = self._work.close(), self._work.following
-        if before is not None:
-            before.stop()
-        self._trainer = peer
-        self._finished = False
-        self._leaving = self._hurried = False
+    def _begin(self, caller: Caller, message: protocol.Begin) -> None:
         terms = message.terms()
-        self._work = Work(self._chain, terms, _Telling(peer, self.wake), self.wake, spare, before)
+        before = self._before_it(caller)
+        if not caller.heir or caller.waits or any(seat.at_work for seat in before):
+            raise Conflict(f"the keeper of {self._chain.url} is at work for another process")
+        if (terms.rank, terms.ranks) != (caller.rank, caller.ranks):
+            raise Damaged(f"rank {terms.rank} of {terms.ranks} has asked as another")
+        for seat in before:
+            if terms.ranks != self._ranks:
+                self._clear(seat)
+        caller.heir = False
+        self._ranks = terms.ranks
+        self._hurried = False
+        earlier = self._seats.get(terms.rank)
+        if earlier is not None:
+            self._stop_following(earlier.work.following)
+        after, self._before = (self._before, None) if terms.rank == 0 else (None, self._before)
+        self._seats[terms.rank] = Seat(
+            self._chain,
+            caller,
+            terms,
+            self._siblings,
+            self.wake,
+            self._linger_s,
+            self._clock,
+            earlier,
+            after,
+        )
 
     def _status(self) -> protocol.Status:
-        work = self._work
-        newest = work.newest if work is not None and self._finished else None
+        seats = [seat.status() for seat in self._in_order()]
+        followings = [seat.work.following for seat in self._in_order() if seat.work.following is not None]
         return protocol.Status(
             version=protocol.VERSION,
             pid=os.getpid(),
             chain=self._chain.url,
             since=self._since,
-            trainer=self._trainer.pid if self._trainer is not None else 0,
-            jobs=work.jobs() if work is not None else (),
-            arenas=work.arena_bytes() if work is not None else (),
-            held=newest[0] if newest is not None else "",
+            trainer=self._trainer(),
+            jobs=tuple(job for seat in seats for job in seat.jobs),
+            arenas=tuple(arena for seat in seats for arena in seat.arenas),
+            held=next((name for seat in seats for name in seat.held), ""),
             nice=os.nice(0),
             memory_bytes=memory.peak_private_bytes(),
             torch_imported=protocol.torch_is_imported(),
-            unsent=work.following.behind() if work is not None and work.following is not None else {},
+            unsent={name: count for one in followings for name, count in one.behind().items()},
+            ranks=self._ranks,
+            seats=tuple(seats),
         )
 
 

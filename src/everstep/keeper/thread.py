@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from everstep.chain.history import Chain
 from everstep.keeper.arena import Arena
@@ -56,12 +57,12 @@ class ThreadKeeper:
         return []
 
     def begin(self, terms: Terms) -> None:
-        if self._replicas:
+        if self._replicas and not terms.rank:
             targets = [Target(store.url, store) for store in self._replicas]
             self._following = Following(
                 self._chain, terms.branch, terms.lease, terms.keep, targets, self._on_followed, self._warn
             )
-        if terms.scrub_bytes_per_s:
+        if terms.scrub_bytes_per_s and not terms.rank:
             self._scrubbing = Scrubbing(self._chain, terms.scrub_bytes_per_s, self._warn)
         self._keeping = Keeping(self._chain, terms, self._warn, self._following, self._scrubbing)
         self._thread = threading.Thread(target=self._work, name="everstep-keeper", daemon=True)
@@ -131,6 +132,8 @@ class ThreadKeeper:
             self._thread.join()
         if self._following is not None:
             self._following.close()
+        if self._keeping is not None:
+            self._keeping.close()
         self._keeping = None
         while self._arenas:
             self._arenas.pop().close()
@@ -143,14 +146,19 @@ class ThreadKeeper:
 
     def _store(self, given: Given) -> None:
         assert self._keeping is not None
-        outcome = self._keeping.store(given)
+        self._keeping.store(given, partial(self._done, given))
+
+    def _done(self, given: Given, outcome: Outcome) -> None:
+        """In this thread, or in the one that joins."""
+        assert self._keeping is not None
         given.finish()
         error = outcome.error
         try:
             self._on_outcome(outcome)
         except BaseException as raised:
             error = error or raised
-        given.job.pending.finish(outcome.snapshot, error)
+        if outcome.part is None or error is not None:
+            given.job.pending.finish(outcome.snapshot, error)
         if outcome.snapshot is not None:
             given.phase = TIDYING
             self._keeping.tidy(given.job.journals)

@@ -6,19 +6,24 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
+from everstep.chain import parts
 from everstep.chain.history import Chain
+from everstep.chain.parts import Take
+from everstep.chain.siblings import Siblings
 from everstep.errors import Damaged, EverstepError, Unavailable
 from everstep.format.layout import Layout
 from everstep.keeper import memory, protocol
 from everstep.keeper.arena import Arena, allocated
 from everstep.keeper.base import Job, Outcome, Terms
 from everstep.keeper.following import Following, Target
-from everstep.keeper.keeping import TIDYING, Given, Keeping
-from everstep.keeper.protocol import Message
+from everstep.keeper.keeping import JOINING, TIDYING, Given, Keeping
+from everstep.keeper.protocol import MAX_HELD, Message
 from everstep.keeper.scrubbing import Scrubbing
 from everstep.store.urls import open_store
 
@@ -51,8 +56,9 @@ class Work:
         terms: the trainer's.
         trainer: to be told what becomes of its jobs.
         wake: called when something has changed that the caller may wait for.
-        spare: an arena of an earlier trainer that is not needed any more.
+        spare: arenas of an earlier trainer that are not needed any more.
         after: what followed for an earlier trainer, and was stopped.
+        siblings: what it has in common with the other trainers of its run on this machine.
     """
 
     def __init__(
@@ -61,29 +67,35 @@ class Work:
         terms: Terms,
         trainer: Telling,
         wake: Callable[[], None],
-        spare: Arena | None = None,
+        spare: Sequence[Arena] = (),
         after: Following | None = None,
+        siblings: Siblings | None = None,
     ) -> None:
         self._chain = chain
         self._terms = terms
         self._trainer = trainer
         self._tell = trainer.tell
         self._wake = wake
-        self._spare = spare
+        self._spare = list(spare)
+        self._siblings = siblings if terms.ranks > 1 else None
         self._keeping: Keeping | None = None
-        self.following = self._follow(after) if terms.replicas else None
+        self.following = self._follow(after) if terms.replicas and not terms.rank else None
         """The replicas, as long as there is something for them."""
-        rate = terms.scrub_bytes_per_s
+        rate = 0 if terms.rank else terms.scrub_bytes_per_s
         self._scrubbing = Scrubbing(chain, rate, self._warn) if rate else None
         self._layout: Layout | None = None
         self._arenas: dict[int, Arena] = {}
         self._jobs: dict[int, _Held] = {}
-        self._newest: tuple[str, Arena] | None = None
+        self._kept: deque[tuple[str, Arena]] = deque(maxlen=MAX_HELD if terms.ranks > 1 else 1)
         self._failed: _Held | None = None
         self._orphaned = False
+        self._hurried = False
+        self._withdrawing = False
+        self._take = 0
+        """The last."""
         self._lock = threading.Lock()
         self._tidying: dict[int, protocol.Tidy] = {}
-        self._given: queue.SimpleQueue[_Held | protocol.Tidy | None] = queue.SimpleQueue()
+        self._given: queue.SimpleQueue[_Held | protocol.Tidy | _Withdraw | None] = queue.SimpleQueue()
         self._wanted: queue.SimpleQueue[protocol.Prepare | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=target, name=f"everstep-{name}", daemon=True)
@@ -97,7 +109,12 @@ class Work:
     @property
     def idle(self) -> bool:
         """Whether all jobs are done, and the chain tidied."""
-        return not self._jobs and not self._tidying
+        return not self._jobs and not self._tidying and not self._withdrawing
+
+    @property
+    def ranks(self) -> int:
+        """How many the run has."""
+        return self._terms.ranks
 
     @property
     def next_step(self) -> int:
@@ -111,9 +128,11 @@ class Work:
         return tuple(arena.size_bytes for arena in list(self._arenas.values()))
 
     @property
-    def newest(self) -> tuple[str, Arena] | None:
-        """The newest snapshot that is durable, and the arena that holds it."""
-        return self._newest
+    def held(self) -> tuple[tuple[str, Arena], ...]:
+        """The newest snapshot that is durable, and the arena that holds it. Where there are many ranks, the
+        newest parts: of the last it is not known here whether it has become a snapshot."""
+        with self._lock:
+            return tuple(self._kept)
 
     @property
     def unfinished(self) -> bool:
@@ -178,18 +197,22 @@ class Work:
             arena.close()
 
     def _made(self, size_bytes: int) -> Arena:
-        with self._lock:
-            spare, self._spare = self._spare, None
-        if spare is not None:
+        while (spare := self._a_spare()) is not None:
             if size_bytes <= spare.size_bytes <= 2 * size_bytes:
                 return spare
             spare.close()
         return Arena.mapped(allocated(size_bytes))
 
+    def _a_spare(self) -> Arena | None:
+        with self._lock:
+            return self._spare.pop() if self._spare else None
+
     def _forget(self, arena: Arena) -> None:
         """The arena is about to hold something else than it did."""
-        if self._newest is not None and self._newest[1] is arena:
-            self._newest = None
+        with self._lock:
+            for one in list(self._kept):
+                if one[1] is arena:
+                    self._kept.remove(one)
 
     # -- jobs -----------------------------------------------------------------------------------------------
 
@@ -201,7 +224,9 @@ class Work:
         if self._layout is None:
             raise Damaged(f"job {message.job} has no layout")
         journals = tuple(cut.journal() for cut in message.journals)
-        job = Job(self._layout, message.facts.facts(), message.values, journals)
+        facts, take, look = message.facts.facts(), message.take, message.look
+        job = Job(self._layout, facts, message.values, journals, take=take, look=look)
+        self._take = max(self._take, message.take)
         held = self._jobs[message.job] = _Held(message.job, job, message.again, self._free)
         self._given.put(held)
 
@@ -239,18 +264,35 @@ class Work:
 
     def _store_all(self) -> None:
         while (one := self._given.get()) is not None:
-            if isinstance(one, _Held):
-                self._store(one)
-                del self._jobs[one.number]
-            else:
-                self._tidy(one)
-                del self._tidying[one.job]
+            match one:
+                case _Held():
+                    self._store(one)
+                case protocol.Tidy():
+                    self._tidy(one)
+                    del self._tidying[one.job]
+                case _Withdraw():
+                    self._withdraw(one)
+                    self._withdrawing = False
             del one
             self._wake()
 
     def _store(self, held: _Held) -> None:
         given = held.given
-        outcome = self._outcome(held)
+        held.measure()
+        try:
+            keeping = self._kept_up()
+            before = keeping.stored_before(given.job) if held.again else None
+        except Exception as error:
+            self._done(held, Outcome(given.job, None, error, 0.0))
+            return
+        if before is not None:
+            self._done(held, before)
+        else:
+            keeping.store(given, partial(self._done, held))
+
+    def _done(self, held: _Held, outcome: Outcome) -> None:
+        """In the storing thread, or in the one that joins."""
+        given = held.given
         if outcome.error is not None:
             traceback.print_exception(outcome.error)
         with self._lock:
@@ -266,42 +308,56 @@ class Work:
             self._keeping.tidy(given.job.journals)
         self._tell(protocol.Tidied(held.number))
         self._trainer.drain()
+        del self._jobs[held.number]
+        self._wake()
 
     def _tidy(self, message: protocol.Tidy) -> None:
         try:
-            self._kept().tidy([cut.journal() for cut in message.journals])
+            self._kept_up().tidy([cut.journal() for cut in message.journals])
         except Exception as error:
             self._warn(f"the chain could not be tidied ({type(error).__name__}: {error})")
         self._tell(protocol.Tidied(message.job))
         self._trainer.drain()
 
-    def _kept(self) -> Keeping:
+    def _kept_up(self) -> Keeping:
         if self._keeping is None:
-            self._keeping = Keeping(self._chain, self._terms, self._warn, self.following, self._scrubbing)
+            self._keeping = Keeping(
+                self._chain, self._terms, self._warn, self.following, self._scrubbing, self._siblings
+            )
+            if self._hurried:
+                self._keeping.hurry()
         return self._keeping
 
-    def _outcome(self, held: _Held) -> Outcome:
-        given = held.given
-        held.measure()
+    def _withdraw(self, one: _Withdraw) -> None:
+        """Its trainer died and takes no part in what the others may be taking: they need not wait for it."""
+        terms = self._terms
         try:
-            keeping = self._kept()
-            before = keeping.stored_before(given.job.facts) if held.again else None
+            take = Take(terms.branch, terms.lease, one.take)
+            parts.withdraw(self._chain, take, terms.rank, "its process died")
         except Exception as error:
-            return Outcome(given.job, None, error, 0.0)
-        if before is not None:
-            return Outcome(given.job, before, None, before.record.costs.get("durable", 0.0))
-        return keeping.store(given)
+            self._warn(f"the other ranks wait for rank {terms.rank} ({type(error).__name__}: {error})")
 
     def _remember(self, held: _Held, outcome: Outcome) -> None:
-        arena = held.given.arena
         if outcome.snapshot is not None:
             self._terms = replace(self._terms, parent=outcome.snapshot.id)
             self._failed = None
-            if arena is not None:
-                self._newest = (outcome.snapshot.id, arena)
-        elif isinstance(outcome.error, Unavailable) and held.given.is_whole and self._is_orphan():
+            manifest = outcome.snapshot.record.manifests[0]
+            self._keep(manifest if self.ranks > 1 else outcome.snapshot.id, held)
+        elif outcome.part is not None:
+            self._terms = replace(self._terms, part=outcome.part.manifest)
+            self._keep(outcome.part.manifest, held)
+        elif isinstance(outcome.error, Unavailable) and self._may_be_tried_again(held):
             # Nobody else has this state any more, and nobody changes it: the next trainer may have made room.
             self._failed = held
+
+    def _keep(self, name: str, held: _Held) -> None:
+        if held.given.arena is not None:
+            self._kept.appendleft((name, held.given.arena))
+
+    def _may_be_tried_again(self, held: _Held) -> bool:
+        """A rank that could not store has withdrawn, and for parts that did not come rank 0 has waited."""
+        alone = not self._terms.rank and held.given.phase != JOINING
+        return alone and held.given.is_whole and self._is_orphan()
 
     def _is_orphan(self) -> bool:
         return self._orphaned or not self._trainer.lives
@@ -311,8 +367,12 @@ class Work:
 
     # -- when the trainer is gone ---------------------------------------------------------------------------
 
-    def orphan(self) -> None:
-        """The trainer is gone: what it handed over is finished, what it did not is not."""
+    def orphan(self, died: bool = True) -> None:
+        """The trainer is gone: what it handed over is finished, what it did not is not.
+
+        Args:
+            died: it did not say goodbye.
+        """
         with self._lock:
             self._orphaned = True
         if self._scrubbing is not None:
@@ -320,6 +380,15 @@ class Work:
         for held in list(self._jobs.values()):
             if not held.given.ended:
                 held.given.drop()
+        if died and self._terms.ranks > 1 and self._terms.rank:
+            self._withdrawing = True
+            self._given.put(_Withdraw(self._take + 1))
+
+    def hurry(self) -> None:
+        """Somebody waits until all is done that is left of a trainer which is gone."""
+        self._hurried = True
+        if self._keeping is not None:
+            self._keeping.hurry()
 
     def try_again(self) -> None:
         """Store the last job once more, if it has failed."""
@@ -333,19 +402,20 @@ class Work:
     def rest(self, keep: bool = True) -> None:
         """Keep the memory of the newest snapshot (and of a job that may be tried once more), unless nobody
         comes for it, and give all other back. Only when idle."""
+        if self._keeping is not None:
+            self._keeping.close()
         self._keeping = None  # It looks at arenas, to compare.
         if not keep:
-            self._newest = self._failed = None
-        kept = [self._newest[1]] if self._newest is not None else []
+            self._failed = None
+            self._kept.clear()
+        kept = [arena for _, arena in self._kept]
         if self._failed is not None and self._failed.given.arena is not None:
             kept.append(self._failed.given.arena)
         for number, arena in list(self._arenas.items()):
             if arena not in kept:
                 del self._arenas[number]
                 arena.close()
-        with self._lock:
-            spare, self._spare = self._spare, None
-        if spare is not None:
+        while (spare := self._a_spare()) is not None:
             spare.close()
 
     def end_threads(self) -> None:
@@ -353,12 +423,17 @@ class Work:
         self._given.put(None)
         self._wanted.put(None)
 
-    def close(self) -> Arena | None:
-        """End, and give all memory back but the newest snapshot's, which is returned. Only when idle."""
+    def close(self) -> list[Arena]:
+        """End, and give all memory back but what is held, which is returned. Only when idle."""
         self.end_threads()
         self._failed = None
         self.rest()
-        return self._newest[1] if self._newest is not None else None
+        return [arena for _, arena in self._kept]
+
+
+@dataclass(frozen=True)
+class _Withdraw:
+    take: int
 
 
 class _Held:

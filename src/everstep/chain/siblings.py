@@ -1,0 +1,75 @@
+"""What the writers of one process have in common: those of the ranks that a run has on one machine.
+
+They store at the same instants. So together they compute on no more cores than are idle, hold no more memory
+for encoded chunks than one might, and a chunk that several of them have is stored by the first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from everstep.chain.common import Common
+from everstep.chain.lanes import idle_cores
+from everstep.chain.packing import HELD_BYTES, PACKS_AT_ONCE, Shares
+
+AIR_BYTES = 256 * 1024 * 1024
+"""So much memory of their own all writers may hold together, for the encoded chunks of packs under way."""
+
+TAKES = 2
+"""What was stored for older takes is not shared any more."""
+
+
+class Siblings:
+    """For several threads.
+
+    Args:
+        idle: how many cores nobody else keeps busy, the calling thread's own included.
+    """
+
+    def __init__(self, idle: Callable[[], int] = idle_cores) -> None:
+        self._idle = idle
+        self._changed = threading.Condition()
+        self._writers = 0
+        self._limit = 1
+        self._computing = 0
+        self._takes: dict[object, Common] = {}
+
+    def enter(self) -> None:
+        """There is one writer more."""
+        with self._changed:
+            self._writers += 1
+
+    def leave(self) -> None:
+        """And one less."""
+        with self._changed:
+            self._writers -= 1
+
+    def shares(self, take: object) -> Shares:
+        """What a writer has that begins to store its part of a take now."""
+        with self._changed:
+            # What siblings compute on is not idle, and to be shared with them.
+            self._limit = max(1, self._idle() + self._computing)
+            self._changed.notify_all()
+            held_bytes = min(HELD_BYTES, AIR_BYTES // (PACKS_AT_ONCE * max(self._writers, 1)))
+            return Shares(self._limit, held_bytes, self._core, self._common(take))
+
+    def _common(self, take: object) -> Common:
+        found = self._takes.setdefault(take, Common())
+        while len(self._takes) > TAKES:
+            del self._takes[next(iter(self._takes))]
+        return found
+
+    @contextmanager
+    def _core(self) -> Iterator[None]:
+        """Blocks while siblings compute on all cores that were idle."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._computing < self._limit)
+            self._computing += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._computing -= 1
+                self._changed.notify()
