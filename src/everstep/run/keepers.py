@@ -20,9 +20,11 @@ def find(
     warn: Callable[[str], None],
     replicas: Sequence[Store] = (),
     on_followed: Callable[[Followed], None] = lambda followed: None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Keeper:
-    """The keeper of a branch of a chain, as `kind` says: `process` or `thread`; it sends to `replicas` what
-    is new, and tells how they stand. Does not block.
+    """The keeper of a branch of a chain for one rank, as `kind` says: `process` or `thread`; it sends to
+    `replicas` what is new, and tells how they stand. Does not block.
 
     A store that lives in this process can only be served by a thread. So can a system that lends no memory
     from process to process: this is told.
@@ -32,7 +34,14 @@ def find(
 
         try:
             return ProcessKeeper(
-                chain, on_outcome, warn, branch=branch, replicas=replicas, on_followed=on_followed
+                chain,
+                on_outcome,
+                warn,
+                branch=branch,
+                replicas=replicas,
+                on_followed=on_followed,
+                rank=rank,
+                ranks=ranks,
             )
         except Unsupported as error:
             warn(f"snapshots are stored by a thread of this process: {error.problem}")

@@ -16,7 +16,6 @@ from everstep.format.record import SnapshotRecord
 from everstep.keeper.base import Held, Outcome, Pending, Terms
 from everstep.run import resume
 from everstep.run.ranks.agreement import Declined, Due
-from everstep.run.ranks.lent import OfAll
 from everstep.run.ranks.link import job_of_many
 from everstep.run.ranks.messages import MAX_TEXT, Became, Wish
 from everstep.run.ranks.together import Patience, Together
@@ -145,10 +144,7 @@ class RunOfMany(Run):
 
     def _terms_of_rank(self, terms: Terms) -> Terms:
         ranks = self._together
-        named = self.chain.snapshot(terms.parent).record.manifests if terms.parent else ()
-        part = named[ranks.rank] if len(named) == ranks.ranks else ""
-        parts_s = ranks.patience.parts_s
-        return replace(terms, rank=ranks.rank, ranks=ranks.ranks, deadline_s=parts_s, part=part)
+        return replace(terms, rank=ranks.rank, ranks=ranks.ranks, deadline_s=ranks.patience.parts_s)
 
     def _begin(self, held: list[Held], start: Start | Return | None) -> None:
         super()._begin(held, start)
@@ -312,7 +308,7 @@ class RunOfMany(Run):
         self._together.ask(Wish("take", note, at=self._steps + 1, wait=True))
 
     def _new_pending(self) -> Pending:
-        return Pending() if self._together.leads else OfAll()
+        return Pending()
 
     def _outcome(self, outcome: Outcome) -> None:
         """In the keeper's thread."""

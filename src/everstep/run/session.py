@@ -164,7 +164,15 @@ class Run:
         names = [store.url for store in replicas]
         self._standings = Standings(self.chain.url, names, self._emit, self._taken_over)
         self._keeper: Keeper = keepers.find(
-            self.chain, branch, settings.keeper, self._outcome, self._warn, replicas, self._standings.told
+            self.chain,
+            branch,
+            settings.keeper,
+            self._outcome,
+            self._warn,
+            replicas,
+            self._standings.told,
+            self._ranks.rank,
+            self._ranks.ranks,
         )
         try:
             held = self._ranks.all_of("what keepers hold", self._keeper.held)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from everstep.chain.history import Snapshot
 from everstep.chain.steplog import EndedJournal
 from everstep.format.record import StepRecord
-from everstep.keeper.base import Pending
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,3 @@ class NoLog:
 
     def after(self, step: int) -> dict[int, StepRecord]:
         return {}
-
-
-class OfAll(Pending):
-    """A snapshot of several ranks: that this one's part is stored does not make it durable."""
-
-    def finish(self, snapshot: Snapshot | None, error: BaseException | None = None) -> None:
-        if snapshot is not None or error is not None:
-            super().finish(snapshot, error)
