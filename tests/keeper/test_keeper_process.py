@@ -79,9 +79,9 @@ class Told:
 class Trainer:
     """A trainer in a process of its own, which does what it is told."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *rank: int) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "trainer_process.py"), str(path)],
+            [sys.executable, str(HERE / "trainer_process.py"), str(path), *map(str, rank)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE), str(HERE)])},

@@ -1,6 +1,7 @@
 """A trainer without torch, for tests to kill: does what it is told on standard input, and answers.
 
-Run as `python trainer_process.py CHAIN`. A line in is a word and its arguments, a line out is JSON.
+Run as `python trainer_process.py CHAIN [RANK RANKS]`. A line in is a word and its arguments, a line out is
+JSON.
 """
 
 from __future__ import annotations
@@ -9,28 +10,35 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from typing import Any
 
-from handing import LAYOUT, begun, hand_over, state
+from handing import LAYOUT, begun, hand_over, laid_of, state
 
 from everstep.chain.history import Chain
 from everstep.chain.lease import Lease
 from everstep.errors import EverstepError
-from everstep.keeper.base import Held, Outcome
+from everstep.keeper.base import Held, Outcome, Terms
 from everstep.keeper.client import ProcessKeeper, living
 
 
 class Trainer:
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, rank: str = "0", ranks: str = "1") -> None:
         self.warned: list[str] = []
         self.outcomes: list[tuple[int, str]] = []
         self.chain = Chain(path)
-        self.keeper = ProcessKeeper(self.chain, self._outcome, self.warned.append)
+        self.rank, self.ranks = int(rank), int(ranks)
+        self.layout = LAYOUT if self.ranks == 1 else laid_of(self.rank, self.ranks)
+        self.keeper = ProcessKeeper(
+            self.chain, self._outcome, self.warned.append, rank=self.rank, ranks=self.ranks
+        )
         self.lease: Lease | None = None
+        self.errors: list[str] = []
         self._held: list[Held] = []
 
     def _outcome(self, outcome: Outcome) -> None:
         error = "" if outcome.error is None else type(outcome.error).__name__
+        self.errors.append(str(outcome.error or ""))
         self.outcomes.append((outcome.job.facts.step, error))
 
     def held(self) -> list[dict[str, Any]]:
@@ -38,27 +46,44 @@ class Trainer:
         self._held = self.keeper.held()
         found = []
         for held in self._held:
-            step = self.chain.snapshot(held.snapshot).step
-            same = bytes(held.memory[: LAYOUT.arena_bytes]) == state(step)
-            found.append({"snapshot": held.snapshot, "step": step, "same": same})
+            name = held.snapshot or held.manifest
+            step = self._step_of(name)
+            same = bytes(held.memory[: self.layout.arena_bytes]) == state(step, self.layout)
+            found.append({"snapshot": name, "step": step, "same": same})
         return found
+
+    def _step_of(self, name: str) -> int:
+        if self.ranks == 1:
+            return self.chain.snapshot(name).step
+        steps = [one.step for one in self.chain.snapshots() if name in one.record.manifests]
+        return steps[0] if steps else -1
 
     def begin(self, parent: str = "") -> int:
         self.lease = begun(self.keeper, self.chain, parent)
-        self.keeper.prepare(LAYOUT.arena_bytes)
+        self.keeper.prepare(self.layout.arena_bytes)
+        return self.lease.number
+
+    def begin_as(self, lease: str, deadline_s: str, parent: str = "") -> None:
+        """One of several ranks; the first takes the lease, which the others are told."""
+        terms = Terms("main", int(lease), parent, "all", rank=self.rank, ranks=self.ranks)
+        self.keeper.begin(replace(terms, deadline_s=float(deadline_s)))
+        self.keeper.prepare(self.layout.arena_bytes)
+
+    def take_lease(self) -> int:
+        self.lease = Lease.take(self.chain.store)
         return self.lease.number
 
     def ready(self) -> None:
         """Wait until there are arenas."""
-        arena = self.keeper.arena(LAYOUT.arena_bytes, wait=True)
+        arena = self.keeper.arena(self.layout.arena_bytes, wait=True)
         assert arena is not None
         self.keeper.give_back(arena)
 
-    def take(self, step: str) -> None:
-        hand_over(self.keeper, int(step))
+    def take(self, step: str, take: str = "0") -> None:
+        hand_over(self.keeper, int(step), self.layout, take=int(take))
 
-    def take_without_end(self, step: str) -> None:
-        hand_over(self.keeper, int(step), end=False)
+    def take_without_end(self, step: str, take: str = "0") -> None:
+        hand_over(self.keeper, int(step), self.layout, end=False, take=int(take))
 
     def wait(self) -> list[tuple[int, str]]:
         self.keeper.wait()
@@ -77,6 +102,13 @@ class Trainer:
     def keepers(self) -> list[int]:
         return [status.pid for status in living()]
 
+    def said(self) -> list[str]:
+        """Why what failed did."""
+        return self.errors
+
+    def deaths(self) -> int:
+        return self.keeper.deaths
+
     def warnings(self) -> list[str]:
         return self.warned
 
@@ -90,7 +122,7 @@ class Trainer:
 
 
 def main() -> None:
-    trainer = Trainer(sys.argv[1])
+    trainer = Trainer(*sys.argv[1:])
     for line in sys.stdin:
         word, *arguments = line.split()
         try:

@@ -405,7 +405,11 @@ def keeper(as_json: Json = False) -> None:
     if as_json:
         output.document(
             [
-                {**msgspec.structs.asdict(one), "jobs": list(map(msgspec.structs.asdict, one.jobs))}
+                {
+                    **msgspec.structs.asdict(one),
+                    "jobs": msgspec.to_builtins(one.jobs),
+                    "seats": msgspec.to_builtins(one.seats),
+                }
                 for one in found
             ]
         )
@@ -414,18 +418,30 @@ def keeper(as_json: Json = False) -> None:
         print("no keeper is at work: one starts with everstep.open and ends with the run")
         return
     columns = ("pid>", "trainer>", "arenas>", "memory>", "nice>", "work", "chain")
-    output.table(columns, [_keeper_row(one) for one in found])
+    output.table(columns, [row for one in found for row in _keeper_rows(one)])
 
 
-def _keeper_row(one: Status) -> tuple[object, ...]:
+def _keeper_rows(one: Status) -> list[tuple[object, ...]]:
+    """One; or of many ranks, one for each that is on this machine."""
     sends = [
         f"sends {output.count(count, 'snapshot')} to {url}" if count else f"looks what {url} lacks"
         for url, count in one.unsent.items()
     ]
-    work = ", ".join([*(f"{job.phase} step {job.step}" for job in one.jobs), *sends])
-    held = f"holds {one.held[:SHORT]}" if one.held else "nothing to do"
-    trainer = one.trainer or "-"
-    return one.pid, trainer, size(sum(one.arenas)), size(one.memory_bytes), one.nice, work or held, one.chain
+    from everstep.keeper.protocol import Seated
+
+    held = (one.held,) if one.held else ()
+    rows: list[tuple[object, ...]] = []
+    # Another version may know of no seats.
+    for seat in one.seats or (Seated(0, one.trainer, one.jobs, one.arenas, held),):
+        rank = f"rank {seat.rank} of {one.ranks}: " if one.ranks > 1 else ""
+        work = ", ".join([*(f"{job.phase} step {job.step}" for job in seat.jobs), *sends])
+        work = work or (f"holds {seat.held[0][:SHORT]}" if seat.held else "nothing to do")
+        # What is the process's own stands in its first row.
+        memory = "" if rows else size(one.memory_bytes)
+        arenas = size(sum(seat.arenas))
+        rows.append((one.pid, seat.trainer or "-", arenas, memory, one.nice, rank + work, one.chain))
+        sends = []
+    return rows
 
 
 # -- prune, copy, replicate, stats -------------------------------------------------------------------------

@@ -23,8 +23,9 @@ def find(
     rank: int = 0,
     ranks: int = 1,
 ) -> Keeper:
-    """The keeper of a branch of a chain for one rank, as `kind` says: `process` or `thread`; it sends to
-    `replicas` what is new, and tells how they stand. Does not block.
+    """The keeper of a branch of a chain, as `kind` says: `process` or `thread`; that of rank 0 sends to
+    `replicas` what is new, and tells how they stand. Does not block. A process is the same for all ranks that
+    a run has on this machine.
 
     A store that lives in this process can only be served by a thread. So can a system that lends no memory
     from process to process: this is told.
@@ -38,10 +39,10 @@ def find(
                 on_outcome,
                 warn,
                 branch=branch,
-                replicas=replicas,
-                on_followed=on_followed,
                 rank=rank,
                 ranks=ranks,
+                replicas=replicas,
+                on_followed=on_followed,
             )
         except Unsupported as error:
             warn(f"snapshots are stored by a thread of this process: {error.problem}")

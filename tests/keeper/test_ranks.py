@@ -1,0 +1,280 @@
+"""What keepers of several ranks do together: parts, commits, and what becomes of those that are missing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+from handing import DEADLINE_S, GRID_BYTES, assert_joined, hand_over, laid_of, until
+
+from everstep.chain.history import Chain
+from everstep.chain.lease import Lease
+from everstep.errors import Fenced, Unavailable
+from everstep.format import keys
+from everstep.keeper import joining
+from everstep.keeper.base import Job, Outcome, Terms
+from everstep.keeper.thread import ThreadKeeper
+from everstep.store.base import Buffer
+from everstep.store.memory import MemoryStore
+
+RANKS = 3
+
+
+class Held(MemoryStore):
+    """A store that makes whoever puts some objects wait, or fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let_go = threading.Event()
+        self.holds: Callable[[str], bool] = lambda key: False
+        self.fails: Callable[[str], bool] = lambda key: False
+        self.waiting = threading.Event()
+        self.puts: list[str] = []
+
+    def put(self, key: str, parts: Sequence[Buffer]) -> bool:
+        if self.fails(key):
+            raise Unavailable("the disk is full", key=key)
+        if self.holds(key):
+            self.waiting.set()
+            assert self.let_go.wait(DEADLINE_S)
+        self.puts.append(key)
+        return super().put(key, parts)
+
+
+class World:
+    """Keepers of all ranks, each in a thread of this process."""
+
+    def __init__(self, store: MemoryStore, deadline_s: float = DEADLINE_S, keep: str = "all") -> None:
+        self.chain = Chain(store)
+        self.lease = Lease.take(store)
+        self.outcomes: list[list[Outcome]] = [[] for _ in range(RANKS)]
+        self.warnings: list[str] = []
+        self.keepers = [
+            ThreadKeeper(Chain(store), self.outcomes[rank].append, self.warnings.append)
+            for rank in range(RANKS)
+        ]
+        head = self.chain.head()
+        for rank, keeper in enumerate(self.keepers):
+            parent = head.id if head else ""
+            number = self.lease.number
+            keeper.begin(Terms("main", number, parent, keep, rank=rank, ranks=RANKS, deadline_s=deadline_s))
+
+    def take(self, number: int, *, but: Sequence[int] = ()) -> list[Job]:
+        return [
+            hand_over(keeper, 10 * number, laid_of(rank, RANKS), take=number)
+            for rank, keeper in enumerate(self.keepers)
+            if rank not in but
+        ]
+
+    def wait(self) -> None:
+        for keeper in self.keepers:
+            assert keeper.wait(DEADLINE_S)
+
+    def close(self) -> None:
+        for keeper in self.keepers:
+            keeper.close()
+        self.lease.release()
+
+
+@pytest.fixture
+def store() -> Held:
+    store = Held()
+    Chain.create(store, GRID_BYTES)
+    return store
+
+
+@pytest.fixture
+def world(store: Held) -> Iterator[Callable[..., World]]:
+    made: list[World] = []
+
+    def make(**terms: float | str) -> World:
+        made.append(World(store, **terms))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    store.let_go.set()
+    for one in made:
+        one.close()
+
+
+def test_all_parts_become_one_snapshot(store: Held, world: Callable[..., World]) -> None:
+    run = world()
+    for number in (1, 2):
+        run.take(number)
+        run.wait()
+    assert_joined(store, [20, 10], RANKS)
+    first, *others = run.outcomes
+    assert [outcome.snapshot for outcome in first] == list(run.chain.snapshots())[::-1]
+    snapshot = first[-1].snapshot
+    assert snapshot is not None
+    assert first[-1].job.pending.snapshot == snapshot
+    assert snapshot.record.costs["join"] >= 0
+    assert snapshot.record.costs["store"] > 0
+    for rank, told in enumerate(others, 1):
+        parts = [outcome.part for outcome in told]
+        assert [outcome.error or outcome.snapshot for outcome in told] == [None, None]
+        assert parts[-1] is not None
+        assert parts[-1].manifest == snapshot.record.manifests[rank]
+        # Whether it is a snapshot, somebody else says.
+        assert not any(outcome.job.pending.durable(0) for outcome in told)
+    assert run.warnings == []
+    assert list(store.list(keys.PARTS)) == []
+
+
+def test_a_rank_costs_three_puts(store: Held, world: Callable[..., World]) -> None:
+    run = world()
+    run.take(1)
+    run.wait()
+    store.puts.clear()
+    run.take(2)
+    run.wait()
+    kinds = [key.partition("/")[0] for key in store.puts]
+    counts = {kind: kinds.count(kind) for kind in set(kinds)}
+    assert counts == {"packs": RANKS, "manifests": RANKS, "parts": RANKS, "snapshots": 1, "heads": 1}
+
+
+def test_who_waits_for_others_holds_nothing_up(store: Held, world: Callable[..., World]) -> None:
+    """Rank 0 stores what comes next while it waits for a slow one, and commits one after the other."""
+    run = world()
+    store.holds = lambda key: key == keys.part("main", run.lease.number, 1, 2)
+    run.take(1)
+    assert store.waiting.wait(DEADLINE_S)
+    run.take(2)
+    announced = keys.part("main", run.lease.number, 2, 0)
+    until(lambda: announced in store.puts, "rank 0 has stored the next")
+    assert list(run.chain.snapshots()) == []
+    store.let_go.set()
+    run.wait()
+    assert_joined(store, [20, 10], RANKS)
+    assert [outcome.job.facts.step for outcome in run.outcomes[0]] == [10, 20]
+
+
+def test_a_rank_that_is_late_costs_a_snapshot_and_no_more(store: Held, world: Callable[..., World]) -> None:
+    run = world(deadline_s=0.0)
+    store.holds = lambda key: key.startswith(keys.parts("main", run.lease.number, 1)) and key.endswith("2")
+    run.take(1, but=[0])
+    assert run.keepers[1].wait(DEADLINE_S)
+    run.take(1, but=[1, 2])
+    assert run.keepers[0].wait(DEADLINE_S)
+    (outcome,) = run.outcomes[0]
+    assert outcome.snapshot is None
+    assert isinstance(outcome.error, Unavailable)
+    assert outcome.error.away, "training goes on"
+    assert "of 3 ranks 1 had not stored their part" in str(outcome.error)
+    assert "(2)" in str(outcome.error)
+    store.let_go.set()
+    run.wait()
+    assert list(run.chain.snapshots()) == []
+
+
+def test_a_rank_that_cannot_store_says_so_at_once(store: Held, world: Callable[..., World]) -> None:
+    run = world()
+    run.take(1)
+    run.wait()
+    puts = len(store.puts)
+    store.fails = lambda key: key.startswith(keys.MANIFESTS) and len(store.puts) > puts + 3
+    run.take(2)
+    run.wait()
+    failed = run.outcomes[0][-1].error
+    assert isinstance(failed, Unavailable)
+    assert failed.away
+    assert "could not store its part of the snapshot" in str(failed)
+    assert "the disk is full" in str(failed)
+    others = [told[-1].error for told in run.outcomes[1:]]
+    assert any(isinstance(error, Unavailable) and not error.away for error in others)
+    assert_joined(store, [10], RANKS)
+    store.fails = lambda key: False
+    run.take(3)
+    run.wait()
+    assert_joined(store, [30, 10], RANKS)
+
+
+def test_a_rank_whose_state_is_incomplete_withdraws(store: Held, world: Callable[..., World]) -> None:
+    run = world()
+    run.take(1, but=[1])
+    job = hand_over(run.keepers[1], 10, laid_of(1, RANKS), end=False, take=1)
+    run.keepers[1].drop(job)
+    run.wait()
+    assert "rank 1 could not store its part" in str(run.outcomes[0][0].error)
+    assert list(run.chain.snapshots()) == []
+
+
+def test_what_is_not_to_stay_is_pruned_by_rank_0(store: Held, world: Callable[..., World]) -> None:
+    run = world(keep="last 1")
+    for number in range(1, 5):
+        run.take(number)
+        run.wait()
+    assert run.warnings == []
+    assert_joined(store, [40], RANKS)
+    # Also by a rank that builds on nothing but its own last part.
+    run.close()
+    again = World(store, keep="last 1")
+    again.take(1)
+    again.wait()
+    again.close()
+    assert_joined(store, [10], RANKS)
+
+
+def test_a_take_that_failed_is_looked_after_by_the_next(store: Held, world: Callable[..., World]) -> None:
+    run = world()
+    jobs = run.take(1)
+    run.wait()
+    job = hand_over(run.keepers[1], 20, laid_of(1, RANKS), end=False, take=2)
+    run.take(2, but=[1])
+    run.keepers[1].drop(job)
+    run.wait()
+    for rank, keeper in enumerate(run.keepers):
+        arena = keeper.arena(1, wait=True)
+        assert arena is not None
+        arena.memory[:4] = b"next"
+        job = Job(laid_of(rank, RANKS), jobs[0].facts, jobs[0].values, take=3, look=True)
+        job.pending.begun = True
+        keeper.submit(job)
+        keeper.wave(job, arena, 0, job.layout.arena_bytes, frozenset())
+        keeper.end(job)
+    run.wait()
+    assert run.outcomes[0][-1].snapshot is not None
+    assert len(list(run.chain.snapshots())) == 2
+
+
+def test_who_was_replaced_commits_nothing(store: Held, world: Callable[..., World]) -> None:
+    run = world()
+    run.take(1)
+    run.wait()
+    run.lease.release()
+    Lease.take(store)
+    run.take(2)
+    run.wait()
+    assert isinstance(run.outcomes[0][-1].error, Fenced)
+    assert_joined(store, [10], RANKS)
+
+
+def test_damage_to_what_a_rank_told_costs_a_snapshot(store: Held, world: Callable[..., World]) -> None:
+    run = world()
+    store.put(keys.part("main", run.lease.number, 1, 1), [b"nonsense"])
+    run.take(1, but=[1])
+    run.wait()
+    error = run.outcomes[0][0].error
+    assert isinstance(error, Unavailable)
+    assert error.away
+    assert "cannot be read" in str(error)
+
+
+def test_hurry_makes_the_deadline_come_sooner(store: Held) -> None:
+    now = [100.0]
+    told: list[Exception | None] = []
+    done = threading.Event()
+
+    def then(parts: list[object], error: Exception | None) -> None:
+        told.append(error)
+        done.set()
+
+    joins = joining.Joining(Chain(store), 2, 600.0, lambda: now[0])
+    joins.hurry()
+    joins.put(joining.Take("main", 1, 1), then)  # type: ignore[arg-type]
+    assert not done.wait(0.05)
+    now[0] += joining.HURRY_S
+    assert done.wait(DEADLINE_S)
+    assert isinstance(told[0], Unavailable)
+    joins.close()

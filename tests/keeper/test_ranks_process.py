@@ -1,0 +1,179 @@
+"""Four trainers of four ranks on one machine, and the one keeper process that they have."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from handing import assert_joined, until
+from test_keeper_process import Trainer, arenas_of, dead, path, runtime
+
+from everstep.chain.history import Chain
+from everstep.keeper.client import living
+
+__all__ = ["path", "runtime"]
+
+pytestmark = pytest.mark.process
+
+RANKS = 4
+LONG_S = 600
+
+
+class Ranks:
+    """The trainers of a run."""
+
+    def __init__(self, path: Path, ranks: int = RANKS) -> None:
+        self.path = path
+        self.all = [Trainer(path, rank, ranks) for rank in range(ranks)]
+
+    def begin(self, deadline_s: float = LONG_S) -> None:
+        head = Chain(self.path).head()
+        lease = self.all[0].do("take_lease")
+        self.ask("begin_as", lease, deadline_s, *([head.id] if head else []))
+        self.ask("ready")
+
+    def ask(self, word: str, *arguments: object) -> list[object]:
+        """All at once."""
+        for trainer in self.all:
+            trainer.ask(word, *arguments)
+        return [trainer.answer() for trainer in self.all]
+
+    def kill(self) -> None:
+        for trainer in self.all:
+            trainer.process.kill()
+        for trainer in self.all:
+            trainer.kill()
+
+
+@pytest.fixture
+def start(path: Path) -> Iterator[Callable[..., Ranks]]:
+    started: list[Ranks] = []
+
+    def make(ranks: int = RANKS) -> Ranks:
+        started.append(Ranks(path, ranks))
+        return started[-1]
+
+    yield make
+    for run in started:
+        run.kill()
+
+
+def outcomes(trainer: Trainer) -> list[tuple[int, str]]:
+    return [(step, error) for step, error in trainer.do("wait")]
+
+
+def test_they_have_one_keeper_and_do_without_a_dead_one(
+    path: Path, runtime: Path, start: Callable[..., Ranks]
+) -> None:
+    run = start()
+    assert run.ask("held") == [[]] * RANKS
+    run.begin()
+    run.ask("take", 10, 1)
+    run.ask("wait")
+    (status,) = living()
+    pids = [trainer.process.pid for trainer in run.all]
+    assert [(seat.rank, seat.trainer) for seat in status.seats] == list(enumerate(pids))
+    assert (status.ranks, status.trainer, len(status.arenas)) == (RANKS, pids[0], 2 * RANKS)
+    assert_joined(path, [10], RANKS)
+    # It is killed right when it has been given something.
+    os.kill(status.pid, signal.SIGSTOP)
+    run.ask("take", 20, 2)
+    os.kill(status.pid, signal.SIGKILL)
+    run.ask("wait")
+    assert_joined(path, [20, 10], RANKS)
+    assert run.ask("deaths") == [1] * RANKS
+    (other,) = living()
+    assert other.pid != status.pid
+    assert len(other.seats) == RANKS
+    run.ask("close")
+    assert dead(other.pid)
+    assert list((runtime / "everstep").iterdir()) == []
+
+
+def test_a_frozen_rank_costs_a_snapshot_and_a_killed_one_does(
+    path: Path, start: Callable[..., Ranks]
+) -> None:
+    run = start()
+    run.begin(deadline_s=0.5)
+    run.ask("take", 10, 1)
+    run.ask("wait")
+    frozen = run.all[2]
+    frozen.process.send_signal(signal.SIGSTOP)
+    others = [one for one in run.all if one is not frozen]
+    for one in others:
+        one.do("take", 20, 2)
+    assert [outcomes(one)[-1] for one in others] == [(20, "Unavailable"), (20, ""), (20, "")]
+    assert "(2)" in run.all[0].do("said")[-1]
+    assert_joined(path, [10], RANKS)
+    frozen.process.send_signal(signal.SIGCONT)
+    run.ask("take", 30, 3)
+    run.ask("wait")
+    assert_joined(path, [30, 10], RANKS)
+
+
+def test_a_rank_that_is_killed_in_the_middle_is_not_waited_for(
+    path: Path, start: Callable[..., Ranks]
+) -> None:
+    """Its trainer's death is all that the keeper needs to know; and then all are killed."""
+    run = start()
+    run.begin()
+    run.ask("take", 10, 1)
+    run.ask("wait")
+    killed = run.all[2]
+    for one in run.all:
+        one.do("take_without_end" if one is killed else "take", 20, 2)
+    killed.kill()
+    others = [one for one in run.all if one is not killed]
+    assert [outcomes(one)[-1] for one in others] == [(20, "Unavailable"), (20, ""), (20, "")]
+    assert "rank 2 could not store its part" in run.all[0].do("said")[-1]
+    assert_joined(path, [10], RANKS)
+    run.kill()
+    # The part that was taken in vain is there, and so is the one before it, that is a snapshot's.
+    heirs = start()
+    held = heirs.ask("held")
+    for rank, found in enumerate(held):
+        steps = [(one["step"], one["same"]) for one in found]  # type: ignore[attr-defined]
+        assert (10, True) in steps, f"of rank {rank}"
+
+
+def test_what_was_handed_over_outlives_all_and_each_gets_its_own_back(
+    path: Path, start: Callable[..., Ranks]
+) -> None:
+    run = start()
+    run.begin()
+    run.ask("take", 10, 1)
+    run.ask("wait")
+    (status,) = living()
+    os.kill(status.pid, signal.SIGSTOP)
+    run.ask("take", 20, 2)
+    run.kill()
+    os.kill(status.pid, signal.SIGCONT)
+    heirs = start()
+    held = heirs.ask("held")
+    assert_joined(path, [20, 10], RANKS)
+    manifests = Chain(path).manifests(next(Chain(path).snapshots()))
+    assert len(manifests) == RANKS
+    for found in held:
+        assert [(one["step"], one["same"]) for one in found] == [(20, True), (10, True)]  # type: ignore[attr-defined]
+    assert living()[0].pid == status.pid
+    heirs.begin()
+    heirs.ask("take", 30, 1)
+    heirs.ask("wait")
+    assert_joined(path, [30, 20, 10], RANKS)
+    heirs.kill()
+    # Fewer come back: what they were handed over is done first, and the memory is let go of.
+    fewer = start(2)
+    assert fewer.ask("held") == [[], []]
+    fewer.begin()
+    until(lambda: len(arenas_of(status.pid)) <= 2 * 2 * 2, "the memory of four ranks is given back")
+    fewer.ask("take", 40, 1)
+    fewer.ask("wait")
+    (now,) = living()
+    assert (now.pid, now.ranks, len(now.seats)) == (status.pid, 2, 2)
+    newest = next(Chain(path).snapshots())
+    assert (newest.step, len(newest.record.manifests)) == (40, 2)
+    fewer.ask("close")
+    assert dead(status.pid)
