@@ -867,6 +867,7 @@ def test_variables_are_documented(path: Path) -> None:
             "max_arena_bytes": "2GB",
             "keeper": "thread",
             "unsafe_single_writer": "1",
+            "approximate_data": "1",
             "replica_wait": "5",
             "ranks_wait": "5",
             "ranks_hold": "5",

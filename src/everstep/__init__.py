@@ -66,6 +66,7 @@ def open(
     unsafe_single_writer: bool = False,
     replicas: Sequence[str | PathLike[str] | Store] | str = (),
     scrub: str | None = None,
+    approximate_data: bool = False,
     **objects: object,
 ) -> Run:
     """Open a run: the first time it starts, every other time it goes on where it stopped, exactly.
@@ -106,6 +107,9 @@ def open(
             is lost or behind, the run goes on from the newest snapshot of them all.
         scrub: read the chain again at this rate, such as `"20MB/s"`, while there is nothing to be stored, and
             tell what is damaged; a day after each pass comes the next. Nothing is repaired by it.
+        approximate_data: of several ranks, on another number of them than before: where it cannot be known
+            which samples of the epoch were trained, go on after as many batches on each rank; some samples
+            may come twice then and others not at all, which the resume says. Otherwise it is refused.
         **objects: everything the next step depends on, by name: modules, optimizers, schedulers, scalers,
             anything with `state_dict` and `load_state_dict`, random generators, dicts, lists and plain values
             (found again in `run.values`). The global random generators are kept without being named.
@@ -142,6 +146,7 @@ def open(
         unsafe_single_writer,
         replicas if isinstance(replicas, str) else [_plain(one) for one in replicas],
         scrub,
+        approximate_data,
     ).overridden()
     return (many.open_with_others(chosen) or session.Run)(chosen, objects, data, config=config, chains=Chain)
 

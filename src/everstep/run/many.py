@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from everstep.chain.history import Chain, Snapshot
 from everstep.errors import Damaged, EverstepError, Mismatch, NotFound, Unavailable
-from everstep.events import Failed, Sink, Warned, default_sink
+from everstep.events import Failed, Missed, Sink, Warned, default_sink
 from everstep.format import record
 from everstep.format.record import SnapshotRecord
 from everstep.keeper.base import Held, Outcome, Pending, Terms
@@ -232,6 +232,8 @@ class RunOfMany(Run):
         if one.missed:
             self._emit(Warned(f"no part of snapshot {one.number}: {one.problem}"))
             self._withdraw(one.number, one.wish)
+        elif one.busy:
+            self._skip(one)
         elif self._together.leads:
             self._emit(
                 Warned(
@@ -242,6 +244,11 @@ class RunOfMany(Run):
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
         if one.wish.wait and self._wanted is not None:
             self._ask_for_wanted("")
+
+    def _skip(self, one: Declined) -> None:
+        """As a run of one rank skips what it has no room for."""
+        if self._together.leads and self._skipped.bit_count() == 1:
+            self._emit(Missed(self._steps, one.wish.trigger, self._skipped))
 
     def _ask_for_triggers(self) -> None:
         now = self._clock()

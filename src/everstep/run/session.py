@@ -105,7 +105,7 @@ class Run:
         self._epochs = 0
         self.resumed: Resumed | None = None
         self.values = {name: value for name, value in self._objects.items() if is_plain(value)}
-        self._waiting_position: tuple[Any, dict[str, Any]] | None = None
+        self._waiting_position: tuple[Any, dict[str, Any], int] | None = None
         self._waiting_generators: dict[str, Any] | None = None
         self._readings: dict[str, Reading] = {}
         self._unfinished: deque[tuple[StepRecord, dict[str, Reading]]] = deque()
@@ -322,6 +322,7 @@ class Run:
     def _take_up(self, back: resume.Resumption, remarks: list[str], began: bool) -> None:
         """Go on from a state that came back."""
         snapshot, restored = back.snapshot, back.restored
+        ranks = len(snapshot.record.manifests)
         self._steps = self._taking.taken_step = int(restored.progress["step"])
         self._epochs = int(restored.progress["epoch"])
         self.values.update(restored.values)
@@ -334,9 +335,10 @@ class Run:
         remarks += ["out of the keeper's memory"] if back.from_arena else []
         remarks += [f"damage that does not matter here: {remark}" for remark in back.remarks]
         if restored.position is not None and self._track is not None:
-            self._load_position(self._track, restored.position, restored.rng)
+            self._load_position(self._track, restored.position, restored.rng, ranks)
+            reasons += self._track.reasons()
         elif restored.position is not None:
-            self._waiting_position = (restored.position, restored.rng)
+            self._waiting_position = (restored.position, restored.rng, ranks)
             self._waiting_generators = restored.rng
             remarks.append("the loader's position waits for run.steps(loader)")
         elif self._track is not None:
@@ -363,17 +365,17 @@ class Run:
         if self._rolled_back is not None:
             self._emit(self._rolled_back)
 
-    def _load_position(self, track: Track, position: Any, generators: dict[str, Any]) -> None:
+    def _load_position(self, track: Track, position: Any, generators: dict[str, Any], ranks: int) -> None:
         """The position now, the generators once more right before the first batch is fetched: what the user
         does in between draws from them, and so does the making of an iterator. A snapshot that is taken
-        before that holds the generators that wait."""
+        before that holds the generators that wait. `ranks` is how many there were."""
 
         def put_back() -> None:
             rng.restore(generators)
             self._waiting_generators = None
             track.on_ready = None
 
-        track.load(position)
+        track.load(position, ranks, self._world.ranks, approximate=self._settings.approximate_data)
         track.on_skip = self._tell_skipping
         self._waiting_generators = generators
         track.on_ready = put_back

@@ -40,6 +40,7 @@ class Settings:
     unsafe_single_writer: bool = False
     replicas: Sequence[str | Store] | str = ()
     scrub: str | None = None
+    approximate_data: bool = False
     replica_wait: float = 60.0
     """For so many seconds `close` waits for replicas; only the environment says so."""
     ranks_wait: float = 600.0
@@ -65,7 +66,7 @@ class Settings:
         changes: dict[str, object] = {
             name: found[f"EVERSTEP_{name.upper()}"] for name in names if found.get(f"EVERSTEP_{name.upper()}")
         }
-        for name in ("strict", "overlap", "unsafe_single_writer", "paranoid"):
+        for name in ("strict", "overlap", "unsafe_single_writer", "approximate_data", "paranoid"):
             variable = f"EVERSTEP_{name.upper()}"
             if found.get(variable):
                 changes[name] = truth(variable, found[variable])

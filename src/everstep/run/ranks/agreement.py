@@ -34,12 +34,14 @@ class Due:
 
 @dataclass(frozen=True)
 class Declined:
-    """Take `number` is not taken: by nobody, or (`missed`) not by this rank, so that it must be withdrawn."""
+    """Take `number` is not taken: by nobody (`busy`: for want of room), or (`missed`) not by this rank, so
+    that it must be withdrawn."""
 
     number: int
     wish: Wish
     problem: str
     missed: bool = False
+    busy: bool = False
 
 
 class Agreement:
@@ -151,7 +153,7 @@ class Agreement:
             if held:
                 self._promised = None
             if decide.problem:
-                self._news.append(Declined(decide.number, decide.wish, decide.problem))
+                self._news.append(Declined(decide.number, decide.wish, decide.problem, busy=decide.busy))
             elif decide.step > self._step or (decide.step == self._step and at_limit):
                 self._dues.append((decide.step, Due(decide.number, decide.wish, decide.anew)))
             else:

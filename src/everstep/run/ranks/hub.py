@@ -96,9 +96,8 @@ class Hub:
             return []
         full = [rank for rank, one in self._promises.items() if not one.room]
         if full and not self._wish.wait and not self._wish.stop:
-            return self._decide(
-                -1, f"{named(full)} {'is' if len(full) == 1 else 'are'} still busy with an earlier one"
-            )
+            still = "is" if len(full) == 1 else "are"
+            return self._decide(-1, f"{named(full)} {still} still busy with an earlier one", busy=True)
         return self._decide(max(self._wish.at, *(one.step for one in self._promises.values())), "")
 
     def _late(self, late: Late) -> list[Message]:
@@ -107,11 +106,11 @@ class Hub:
         silent = [rank for rank in range(self.ranks) if rank not in self._promises]
         return self._decide(-1, f"{named(silent)} did not answer in time")
 
-    def _decide(self, step: int, problem: str) -> list[Message]:
+    def _decide(self, step: int, problem: str, busy: bool = False) -> list[Message]:
         wish, self._wish = self._wish, None
         assert wish is not None
         anew = not problem and not all(one.fits for one in self._promises.values())
-        decided = Decide(self.number, max(step, 0), wish, problem, anew)
+        decided = Decide(self.number, max(step, 0), wish, problem, anew, busy)
         self.number += 1
         if not problem:
             self._decided_step = max(step, self._decided_step)

@@ -100,13 +100,14 @@ class Propose(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class Decide(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Take `number` is taken when `step` steps are finished; or not at all, for the reason that `problem`
-    says. `anew`: all ranks find out first, together, who holds what."""
+    says (`busy`: that there is no room). `anew`: all ranks find out first, together, who holds what."""
 
     number: Number
     step: Number
     wish: Wish
     problem: Text = ""
     anew: bool = False
+    busy: bool = False
 
 
 Request: TypeAlias = Ask | Promise | Late | Became | Lost | End
