@@ -190,7 +190,7 @@ class Found:
 def started(kind: str, ranks: int, path: Path, log: Path, **environment: str) -> subprocess.Popen[bytes]:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-        "-m", "bench.ranks", "--train", kind, "--path", str(path), "--log", str(log),
+        "-m", "bench.ranks", "--train", kind, "--path", str(path), "--into", str(log),
     ]  # fmt: skip
     log.mkdir(parents=True)
     output = open(log / "out", "wb")  # noqa: SIM115
@@ -285,6 +285,10 @@ def campaign(
                     left -= 1
             if how_ended(torchrun) == 0:
                 break
+            if turn > 2 * kills + 3:
+                said = (log / f"{turn:04d}" / "out").read_text(errors="replace")[-2000:]
+                found.wrong.append(f"{kind} {worlds}: does not come to its end: {said}")
+                return {}
         return ended(kind, worlds, path, log, found, reference)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -350,14 +354,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--train", choices=KINDS)
     parser.add_argument("--path", default="")
-    parser.add_argument("--log", default="")
+    parser.add_argument("--into", default="")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.train:
-        train(given.train, given.path, given.log)
+        train(given.train, given.path, given.into)
         return
     dice = random.Random(given.seed)
     found = Found()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 from everstep.errors import Damaged, EverstepError, Mismatch, NotFound, Unavailable
 from everstep.run.ranks import link as links
+from everstep.run.ranks.agreement import Due
 from everstep.run.ranks.link import Job, job_of_many
 from everstep.run.ranks.messages import Became, Wish
 from everstep.run.ranks.together import LAST, Alone, Patience, Together
@@ -163,11 +165,11 @@ class Trainer:
         self.news: list[Any] = []
         self._steps = steps
         self._random = random.Random(seed * 100 + together.rank)
-        self.number = 0
+        self.last: Due | None = None
 
     def run(self) -> None:
         one = self.together
-        one.start(0, lambda: True, self.told.append, self.warned.append)
+        one.start(0, lambda: True, lambda: True, self.told.append, self.warned.append)
         for step in range(1, self._steps + 1):
             if self._random.random() < 0.02:
                 one.ask(Wish("take", at=step + 1, wait=True))
@@ -182,7 +184,7 @@ class Trainer:
                 if one.leads:
                     one.became(Became(due.number, "a" * 64))
             self.news += one.news()
-        self.number = one.last(self._steps, False)
+        self.last = one.last(self._steps, False)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -198,15 +200,18 @@ def test_ranks_at_paces_of_their_own_take_the_same_steps(store: Any, seed: int, 
     if lockstep:
         assert {41, 91, 141, 191, 241} <= {step for _, step in first.taken}, "those that were wished for"
     assert all(one.taken == first.taken for one in trainers)
-    assert [one.number for one in trainers] == [0] * 4, "nobody wanted a last one"
+    assert [one.last for one in trainers] == [None] * 4, "nobody wanted a last one"
     assert all(one.warned == [] and one.news == [] for one in trainers)
     _end_all(ranks.each)
 
 
 def test_the_last_take_is_one_that_all_have(three: Ranks) -> None:
-    three.results(lambda one: one.start(7, lambda: True, lambda became: None, lambda text: None))
-    assert three.results(lambda one: one.last(7, one.rank == 1)) == [LAST] * 3
-    assert three.results(lambda one: one.last(7 + one.rank, True)) == [0] * 3, "not at the same step"
+    three.results(
+        lambda one: one.start(7, lambda: True, lambda: one.rank < 2, lambda became: None, lambda text: None)
+    )
+    due = Due(LAST, Wish("close", wait=True), anew=True)
+    assert three.results(lambda one: one.last(7, one.rank == 1)) == [due] * 3
+    assert three.results(lambda one: one.last(7 + one.rank, True)) == [None] * 3, "not at the same step"
 
 
 def test_what_became_of_a_take_is_told_to_all(three: Ranks) -> None:
@@ -218,7 +223,9 @@ def test_what_became_of_a_take_is_told_to_all(three: Ranks) -> None:
         done.release()
 
     three.results(
-        lambda one: one.start(0, lambda: True, lambda became: hear(one.rank, became), lambda text: None)
+        lambda one: one.start(
+            0, lambda: True, lambda: True, lambda became: hear(one.rank, became), lambda text: None
+        )
     )
     three.each[0].became(Became(1, "b" * 64, b"{}"))
     for _ in range(3):
@@ -230,7 +237,9 @@ def test_what_became_of_a_take_is_told_to_all(three: Ranks) -> None:
 def test_a_rank_that_died_while_it_spoke_holds_nobody_up(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links, "STUCK_S", 0.05)
     ranks = Ranks(store, 2, Patience(wait_s=60, hold_s=0.2))
-    ranks.results(lambda one: one.start(0, lambda: True, lambda became: None, lambda text: None))
+    ranks.results(
+        lambda one: one.start(0, lambda: True, lambda: True, lambda became: None, lambda text: None)
+    )
     hub = ranks.each[0]._talk._hub  # type: ignore[union-attr]
     assert hub is not None
     ranks.each[0].ask(Wish("10m"))
@@ -275,3 +284,26 @@ def test_the_agents_store_is_used_where_there_is_no_process_group(store: Any) ->
     assert (job.rank, job.ranks) == (3, 8)
     job.connect().set("here", b"x")
     assert store.get("everstep/2/here") == b"x"
+
+
+def _sample(number: int, one: Together) -> list[bytes]:
+    return one.samples(number, bytes([one.rank]))
+
+
+def test_what_ranks_captured_is_gathered_by_rank_0(three: Ranks) -> None:
+    three.results(
+        lambda one: one.start(0, lambda: True, lambda: True, lambda became: None, lambda text: None)
+    )
+    for number in (1, 2):
+        given = three.results(partial(_sample, number))
+        assert given == [[b"\0", b"\1", b"\2"], [b"\1"], [b"\2"]]
+
+
+def test_a_rank_that_says_nothing_is_not_waited_for_too_long(store: Any) -> None:
+    ranks = Ranks(store, 2, SHORT)
+    ranks.results(
+        lambda one: one.start(0, lambda: True, lambda: True, lambda became: None, lambda text: None)
+    )
+    with pytest.raises(Unavailable, match="not all ranks said"):
+        Together.samples(ranks.each[0], 1, b"")
+    _end_all(ranks.each)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
 from stored import Stored, joined, stored
 from torch import nn
 
@@ -17,6 +16,7 @@ from everstep.state.lazy import LazyState
 from everstep.state.objects import named
 from everstep.state.restore import restore
 from everstep.state.sharing import have_parted
+from ranks import Ranks
 
 
 def training(rank: int, steps: int = 2, width: int = 40) -> dict[str, Any]:

@@ -235,7 +235,7 @@ class Together:
         if self._talk is None:
             raise Unavailable("the run is over")
         if self.leads:
-            return self._talk.gather(number, mine, min(self.patience.parts_s, END_S))
+            return self._talk.gather(number, mine, min(self.patience.parts_s, self.patience.wait_s, END_S))
         self._talk.give(number, mine)
         return [mine]
 
