@@ -113,7 +113,7 @@ class Deal:
 
     def _order(self, loader: DataLoader[Any]) -> list[int]:
         """The whole epoch's, of all ranks."""
-        alone: DistributedSampler[Any] = DistributedSampler(loader.dataset, 1, 0, self.shuffle, self.seed)
+        alone: DistributedSampler[int] = DistributedSampler(loader.dataset, 1, 0, self.shuffle, self.seed)
         alone.set_epoch(self.epoch)
         return list(alone)
 
