@@ -152,9 +152,7 @@ def test_the_refuser_is_refused(refuser: S3, bucket: Bucket) -> None:
 def test_who_looks_first_is_refused(peeker: S3, bucket: Bucket) -> None:
     url = bucket(peeker)
     assert refuses_to_overwrite(open_store(url)), "one after the other it does"
-    with pytest.raises(
-        Unsupported, match=f"{url} looks whether there is an object and writes then"
-    ) as caught:
+    with pytest.raises(Unsupported, match=f"{url} lets two create one object at the same moment") as caught:
         Chain.create(url)
     assert "unsafe_single_writer=True" in caught.value.next
     assert list(open_store(url).list()) == []

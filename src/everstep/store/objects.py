@@ -359,7 +359,9 @@ class ObjectStore:
             if not refuses_to_overwrite(self):
                 raise self._spoils("overwrites objects although it was asked not to")
             if lets_two_win(self):
-                raise self._spoils("looks whether there is an object and writes then, and let two create one")
+                raise self._spoils(
+                    "lets two create one object at the same moment (it looks first, and writes then)"
+                )
         except EverstepError as error:
             raise self._cannot_create(error) from None
 
