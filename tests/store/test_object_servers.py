@@ -136,14 +136,14 @@ def test_nobody_there(bucket: Bucket, moto: S3, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_liar_is_refused(liar: S3, bucket: Bucket) -> None:
     url = bucket(liar)
-    with pytest.raises(Unsupported, match=f"{url} overwrites objects although it was asked not to"):
+    with pytest.raises(Unsupported, match=f"^{url} overwrites objects although it was asked not to"):
         Chain.create(url)
     assert list(open_store(url).list()) == []
 
 
 def test_the_refuser_is_refused(refuser: S3, bucket: Bucket) -> None:
     url = bucket(refuser)
-    with pytest.raises(Unsupported, match=f"{url} cannot create an object on the condition") as caught:
+    with pytest.raises(Unsupported, match=f"^{url} cannot create an object on the condition") as caught:
         Chain.create(url)
     assert "501" in str(caught.value)
     assert list(open_store(url).list()) == []
@@ -152,7 +152,7 @@ def test_the_refuser_is_refused(refuser: S3, bucket: Bucket) -> None:
 def test_who_looks_first_is_refused(peeker: S3, bucket: Bucket) -> None:
     url = bucket(peeker)
     assert refuses_to_overwrite(open_store(url)), "one after the other it does"
-    with pytest.raises(Unsupported, match=f"{url} lets two create one object at the same moment") as caught:
+    with pytest.raises(Unsupported, match=f"^{url} lets two create one object at the same moment") as caught:
         Chain.create(url)
     assert "unsafe_single_writer=True" in caught.value.next
     assert list(open_store(url).list()) == []

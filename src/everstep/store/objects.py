@@ -356,14 +356,16 @@ class ObjectStore:
         if self.unsafe_single_writer:
             return
         try:
-            if not refuses_to_overwrite(self):
-                raise self._spoils("overwrites objects although it was asked not to")
-            if lets_two_win(self):
-                raise self._spoils(
-                    "lets two create one object at the same moment (it looks first, and writes then)"
-                )
+            kept = refuses_to_overwrite(self)
+            won_twice = kept and lets_two_win(self)
         except EverstepError as error:
             raise self._cannot_create(error) from None
+        if not kept:
+            raise self._spoils("overwrites objects although it was asked not to")
+        if won_twice:
+            raise self._spoils(
+                "lets two create one object at the same moment (it looks first, and writes then)"
+            )
 
     def _spoils(self, what: str) -> Unsupported:
         return Unsupported(
