@@ -11,9 +11,9 @@ import torch
 from hypothesis import settings
 
 from examples import QUICK
-from servers.fixtures import azurite, bucket, ceph, container, directory, hdfs, liar, moto, refuser
+from servers.fixtures import azurite, bucket, ceph, container, directory, hdfs, liar, moto, peeker, refuser
 
-__all__ = ["azurite", "bucket", "ceph", "container", "directory", "hdfs", "liar", "moto", "refuser"]
+__all__ = ["azurite", "bucket", "ceph", "container", "directory", "hdfs", "liar", "moto", "peeker", "refuser"]
 
 torch.set_num_threads(1)
 settings.register_profile("quick", max_examples=10)

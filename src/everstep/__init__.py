@@ -100,8 +100,9 @@ def open(
         start: where the branch begins if it is not there yet: a snapshot of this chain (`"step:500"` of
             branch main, `"try@head"`, a tag), whose chunks are shared, or of another, as `"PATH@REF"`. Once
             the branch is there, the same command goes on with it.
-        unsafe_single_writer: use an object store that overwrites although it was asked not to, or cannot be
-            asked. Two writers at a time then destroy each other's snapshots, so there must never be two.
+        unsafe_single_writer: use an object store that overwrites although it was asked not to, cannot be
+            asked, or lets two create one object. Two writers at a time then destroy each other's snapshots,
+            so there must never be two.
         replicas: where copies of the chain are kept, directories or URLs: `["s3://bucket/runs/gpt"]`. Each
             follows by itself, without holding anything up, and is a whole chain at every moment. Where `repo`
             is lost or behind, the run goes on from the newest snapshot of them all.

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 DROPPED, FAILED, CUT, DELAYED, PASSED, AWAY = "dropped", "failed", "cut", "delayed", "passed", "away"
 
 _SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code></Error>"
-_NOT_IMPLEMENTED = b"<?xml version='1.0'?><Error><Code>NotImplemented</Code></Error>"
 _NOBODY = {204, 304}
 _LINE_BYTES = 1 << 20
 
@@ -58,7 +57,6 @@ class FaultProxy:
     Args:
         port: where on the loopback the server listens.
         moods, seed: what happens to requests.
-        refuses_conditions: answer 501 to requests with a condition.
 
     Attributes:
         endpoint: where a client goes.
@@ -66,16 +64,13 @@ class FaultProxy:
         log: their methods and targets, in the order in which they came.
     """
 
-    def __init__(
-        self, port: int, moods: Moods | None = None, seed: int = 0, *, refuses_conditions: bool = False
-    ) -> None:
+    def __init__(self, port: int, moods: Moods | None = None, seed: int = 0) -> None:
         self.moods = moods or Moods()
         self.done: Counter[str] = Counter()
         self.log: list[str] = []
         self.endpoint = ""
         self._port = port
         self._chance = random.Random(seed)
-        self._refuses_conditions = refuses_conditions
         self._away = 0
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -135,8 +130,8 @@ class FaultProxy:
                 self.done[mood] += 1
                 if mood == DROPPED:
                     return
-                if mood == FAILED or self._refuses(request):
-                    writer.write(_error(503, _SLOW_DOWN) if mood == FAILED else _error(501, _NOT_IMPLEMENTED))
+                if mood == FAILED:
+                    writer.write(_error(503, _SLOW_DOWN))
                     await writer.drain()
                     continue
                 if mood == DELAYED:
@@ -165,9 +160,6 @@ class FaultProxy:
         self._away -= 1
         self.done[AWAY] += 1
         return True
-
-    def _refuses(self, request: _Message) -> bool:
-        return self._refuses_conditions and request.header("if-none-match") is not None
 
 
 async def _request(reader: asyncio.StreamReader) -> _Message:

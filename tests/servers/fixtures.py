@@ -17,8 +17,7 @@ import pytest
 from . import azure as emulator
 from . import ceph as gateway
 from . import hdfs as hadoop
-from . import small
-from .fault_proxy import FaultProxy
+from . import small, swift
 from .running import S3
 
 REQUIRED = os.environ.get("EVERSTEP_REQUIRE_SERVERS", "0") not in ("", "0")
@@ -92,11 +91,20 @@ def liar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         yield server
 
 
-@pytest.fixture
-def refuser(moto: S3) -> Iterator[S3]:
-    """It answers 501 to a condition, as some gateways do."""
-    with FaultProxy(moto.port, refuses_conditions=True) as proxy:
-        yield moto.at(proxy.endpoint)
+@pytest.fixture(scope="session")
+def refuser() -> Iterator[S3]:
+    """A Swift that answers 501 to a condition."""
+    need("Swift", swift.missing(swift.REFUSES))
+    with swift.running(swift.REFUSES) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def peeker() -> Iterator[S3]:
+    """A Swift that looks whether there is an object and writes then: two of several may win."""
+    need("Swift", swift.missing(swift.LOOKS_FIRST))
+    with swift.running(swift.LOOKS_FIRST) as server:
+        yield server
 
 
 Bucket = Callable[[S3], str]

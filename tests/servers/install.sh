@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Installs the servers that tests of stores need, as root: Debian's Ceph object gateway and a Java (they start no
-# service); Hadoop and Azurite in a cache of the user's. moto and rclone are Python packages, and come with the
-# others. Does nothing where all is there. PYTHON: one that has pip.
+# service); Hadoop, Azurite and Swift in a cache of the user's. moto and rclone are Python packages, and come with
+# the others. Does nothing where all is there. PYTHON: one that has pip and venv.
 set -euo pipefail
 python=${PYTHON:-python3}
+here=$(cd "$(dirname "$0")" && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/everstep-servers
 mkdir -p "$cache"
 exec 9> "$cache/lock"
@@ -52,7 +53,7 @@ if [ ! -e "$cache/hadoop/complete" ]; then
     trap - EXIT
 fi
 
-# Azure's emulator. `hdfs.py` and `azure.py` look for all this by the same names.
+# Azure's emulator. `hdfs.py`, `azure.py` and `swift.py` look for all this by the same names.
 azurite=3.37.0
 if [ ! -e "$cache/azurite-$azurite/node_modules/.bin/azurite-blob" ]; then
     work=$(mktemp -d "$cache/azurite.XXXXXX")
@@ -60,5 +61,24 @@ if [ ! -e "$cache/azurite-$azurite/node_modules/.bin/azurite-blob" ]; then
     npm install --silent --no-audit --no-fund --no-update-notifier --prefix "$work" "azurite@$azurite"
     rm -rf "$cache/azurite-$azurite"
     mv "$work" "$cache/azurite-$azurite"
+    trap - EXIT
+fi
+
+# Two of OpenStack's Swift, over one environment of what both need: the last whose S3 interface refuses conditions,
+# and one that takes them.
+swifts=(2.35.5 2.38.3)
+if ! { cat "$here/swift.txt" && echo "${swifts[@]}"; } | cmp -s - "$cache/swift/complete" ||
+    ! "$cache/swift/bin/python" -c 'import eventlet' 2> /dev/null; then
+    work=$(mktemp -d "$cache/swift.XXXXXX")
+    trap 'rm -rf "$work"' EXIT
+    "$python" -m venv "$work"
+    install=("$work/bin/python" -m pip install --quiet --disable-pip-version-check --only-binary :all:)
+    "${install[@]}" -r "$here/swift.txt"
+    for version in "${swifts[@]}"; do
+        "${install[@]}" --no-deps --target "$work/$version" "swift==$version"
+    done
+    { cat "$here/swift.txt" && echo "${swifts[@]}"; } > "$work/complete"
+    rm -rf "$cache/swift"
+    mv "$work" "$cache/swift"
     trap - EXIT
 fi

@@ -22,11 +22,25 @@ def missing(*packages: str) -> list[str]:
 MOTO = ("moto", "flask", "flask_cors", "boto3")
 
 
+_ONE_AT_A_TIME = """
+import sys, threading
+from moto import server
+alone, answer = threading.Lock(), server.DomainDispatcherApplication.__call__
+def answer_alone(self, environ, start_response):
+    with alone:
+        return answer(self, environ, start_response)
+server.DomainDispatcherApplication.__call__ = answer_alone
+server.main(sys.argv[1:])
+"""
+
+
 @contextmanager
 def moto(directory: Path) -> Iterator[S3]:
+    """It answers one request at a time. By itself it looks first and creates then, and lets two of several
+    win now and then, on which no chain can be kept."""
     (port,) = free_ports(1)
     log = directory / "moto.log"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-c", _ONE_AT_A_TIME, "-H", "127.0.0.1", "-p", str(port)]
     with process(command, log) as child:
         endpoint = f"http://127.0.0.1:{port}"
         wait_for(lambda: answers(endpoint), child, log)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -57,14 +58,18 @@ class Fate:
 @dataclass
 class Bucket:
     """`fates` are those of the next requests, one after the other; then all goes well. `verbs` are the
-    requests made."""
+    requests made. Where it is `hasty`, it looks first and writes then: of what another thread has just put
+    nothing is seen by a create."""
 
     objects: dict[str, bytes] = field(default_factory=dict)
     fates: list[Fate] = field(default_factory=list)
     verbs: list[str] = field(default_factory=list)
     conditional: bool = True
+    hasty: bool = False
     backwards: bool = False
     retries: list[int] = field(default_factory=list)
+    _writers: dict[str, int] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def client(self, address: cloud.Address, patience: object, retries: int) -> Bucket:
         self.retries.append(retries)
@@ -81,9 +86,12 @@ class Bucket:
         return done
 
     def put(self, key: str, data: bytes, create: bool) -> None:
-        if create and self.conditional and key in self.objects:
-            raise status(412, "PreconditionFailed")
-        self.objects[key] = data
+        with self._lock:
+            seen = not self.hasty or self._writers.get(key) == threading.get_ident()
+            if create and self.conditional and key in self.objects and seen:
+                raise status(412, "PreconditionFailed")
+            self.objects[key] = data
+            self._writers[key] = threading.get_ident()
 
     def found(self, key: str) -> bytes:
         if key not in self.objects:

@@ -15,7 +15,7 @@ from everstep.chain.lease import Lease
 from everstep.chain.verify import verify
 from everstep.chain.writer import Facts, Writer
 from everstep.errors import Mismatch, NotFound, Unavailable, Unsupported
-from everstep.store.base import Store
+from everstep.store.base import Store, refuses_to_overwrite
 from everstep.store.objects import SINGLE_BYTES, ObjectStore
 from everstep.store.patience import Patience
 from everstep.store.urls import open_store
@@ -38,11 +38,6 @@ class TestMoto(StoreContract):
     def store(self, moto: S3, bucket: Bucket) -> Store:
         return ObjectStore(f"{bucket(moto)}/runs/gpt", patience=HASTY)
 
-    def test_of_several_putting_one_key_exactly_one_gets_it(self, store: Store) -> None:
-        pytest.skip(
-            "moto looks first and creates then: of several at once two may be told that they were first"
-        )
-
 
 class TestCeph(StoreContract):
     @pytest.fixture
@@ -54,6 +49,17 @@ class TestCephWithoutAPrefix(StoreContract):
     @pytest.fixture
     def store(self, ceph: S3, bucket: Bucket) -> Store:
         return ObjectStore(bucket(ceph), patience=HASTY)
+
+
+class TestSwiftOfWhoInsists(StoreContract):
+    """Swift's S3 interface, as a user has it who says that nobody else ever writes."""
+
+    @pytest.fixture
+    def store(self, refuser: S3, bucket: Bucket) -> Store:
+        return ObjectStore(f"{bucket(refuser)}/runs/gpt", unsafe_single_writer=True, patience=HASTY)
+
+    def test_of_several_putting_one_key_exactly_one_gets_it(self, store: Store) -> None:
+        pytest.skip("that there are not several is what the user says")
 
 
 class TestAzurite(StoreContract):
@@ -80,9 +86,10 @@ def test_azure_keeps_a_chain(container: str, monkeypatch: pytest.MonkeyPatch) ->
         Chain(f"{container}/runs/gpt")
 
 
-@pytest.mark.parametrize("server", ["moto", "ceph"])
+@pytest.mark.parametrize("server", ["moto", "ceph", "refuser"])
 def test_large_objects_in_parts(server: str, bucket: Bucket, request: pytest.FixtureRequest) -> None:
-    store = open_store(bucket(request.getfixturevalue(server)))
+    url = bucket(request.getfixturevalue(server))
+    store = open_store(url, unsafe_single_writer=server == "refuser")
     data = pattern(PARTS_BYTES)
     key = f"packs/cd/{DIGEST}"
     assert store.put(key, odd_parts(data)) is True
@@ -129,28 +136,47 @@ def test_nobody_there(bucket: Bucket, moto: S3, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_liar_is_refused(liar: S3, bucket: Bucket) -> None:
     url = bucket(liar)
-    with pytest.raises(Unsupported, match=f"{url} overwrites objects although it was asked not to"):
+    with pytest.raises(Unsupported, match=f"^{url} overwrites objects although it was asked not to"):
         Chain.create(url)
     assert list(open_store(url).list()) == []
 
 
 def test_the_refuser_is_refused(refuser: S3, bucket: Bucket) -> None:
     url = bucket(refuser)
-    with pytest.raises(Unsupported, match=f"{url} cannot create an object on the condition") as caught:
+    with pytest.raises(Unsupported, match=f"^{url} cannot create an object on the condition") as caught:
         Chain.create(url)
     assert "501" in str(caught.value)
     assert list(open_store(url).list()) == []
 
 
-def test_the_refuser_is_used_by_who_insists(refuser: S3, bucket: Bucket) -> None:
-    url = bucket(refuser)
+def test_who_looks_first_is_refused(peeker: S3, bucket: Bucket) -> None:
+    url = bucket(peeker)
+    assert refuses_to_overwrite(open_store(url)), "one after the other it does"
+    with pytest.raises(Unsupported, match=f"^{url} lets two create one object at the same moment") as caught:
+        Chain.create(url)
+    assert "unsafe_single_writer=True" in caught.value.next
+    assert list(open_store(url).list()) == []
+
+
+@pytest.mark.parametrize("server", ["refuser", "peeker"])
+def test_swift_is_used_by_who_insists(server: str, bucket: Bucket, request: pytest.FixtureRequest) -> None:
+    url = bucket(request.getfixturevalue(server))
     chain = Chain.create(open_store(url, unsafe_single_writer=True), GRID_BYTES)
     snapshot = Writer(chain, Lease.take(chain.store)).write(content(1).captured(), Facts(step=1))
     assert restored(Chain(url), snapshot)[0] == content(1)
     for verb in (["tag", "good"], ["branch", "try"]):
-        assert cli.main(["-r", url, *verb]) == Unsupported.exit_code
+        if server == "refuser":
+            assert cli.main(["-r", url, *verb]) == Unsupported.exit_code
         assert cli.main(["-r", url, *verb, "--unsafe-single-writer"]) == 0
     assert Chain(url).tags() == {"good": snapshot.id}
+
+
+def test_a_run_on_the_refuser_is_killed_and_goes_on(
+    refuser: S3, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keeper, a process of its own, insists as the run does."""
+    monkeypatch.setenv("EVERSTEP_UNSAFE_SINGLE_WRITER", "1")
+    kill_and_go_on(f"{bucket(refuser)}/runs/gpt", "process", tmp_path)
 
 
 # -- chains ------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from everstep.errors import EverstepError, Mismatch, NotFound, Unavailable, Unsu
 from everstep.format.record import StepRecord
 from everstep.keeper import places
 from everstep.store import cloud, objects
-from everstep.store.base import PROBES, Addressed, Probing, Store
+from everstep.store.base import PROBES, Addressed, Probing, Store, refuses_to_overwrite
 from everstep.store.cloud import Address
 from everstep.store.memory import MemoryStore
 from everstep.store.objects import PART_RETRIES, SINGLE_BYTES, ObjectStore
@@ -445,7 +445,7 @@ def test_creating_a_chain_probes_and_leaves_nothing(store: ObjectStore, bucket: 
 
 def test_a_store_that_overwrites_is_refused(store: ObjectStore, bucket: Bucket) -> None:
     bucket.conditional = False
-    with pytest.raises(Unsupported, match="overwrites objects although it was asked not to"):
+    with pytest.raises(Unsupported, match=f"^{URL} overwrites objects although it was asked not to"):
         Chain.create(store)
     assert bucket.objects == {}
     Chain.create(ObjectStore(URL, unsafe_single_writer=True))
@@ -462,6 +462,39 @@ def test_a_store_that_knows_no_conditions_is_refused(
     assert "unsafe_single_writer=True" in str(caught.value)
     assert bucket.objects == {}
     assert time.pauses == []
+
+
+def test_a_store_that_looks_first_and_writes_then_is_refused(store: ObjectStore, bucket: Bucket) -> None:
+    """One after the other it refuses as it should; of two at once both are told that they were first."""
+    bucket.hasty = True
+    assert refuses_to_overwrite(store)
+    with pytest.raises(Unsupported, match=f"^{URL} lets two create one object at the same moment") as caught:
+        Chain.create(store)
+    assert "nothing was created" in str(caught.value)
+    assert "unsafe_single_writer=True" in caught.value.next
+    assert bucket.objects == {}
+    Chain.create(ObjectStore(URL, unsafe_single_writer=True))
+    assert list(bucket.objects) == ["everstep.json"]
+
+
+_ONE_AFTER_THE_OTHER = [Fate()] * len(["put", "put", "head", "get", "delete"])
+"""The first requests of a probe."""
+
+
+def test_a_probe_takes_no_lost_answer_for_a_second_winner(store: ObjectStore, bucket: Bucket) -> None:
+    """Who has created the object and is not told so wins, and the other does not."""
+    lost = [Fate(status(500), done=True), Fate(status(409, "OperationAborted")), Fate(no_answer(), done=True)]
+    bucket.fates = _ONE_AFTER_THE_OTHER + lost * 2
+    store.probe()
+    assert bucket.verbs[:5] == ["put", "put", "head", "get", "delete"]
+    assert bucket.fates == []
+    assert bucket.objects == {}
+
+
+def test_a_probe_of_a_store_that_is_away_says_so(store: ObjectStore, bucket: Bucket) -> None:
+    bucket.fates = _ONE_AFTER_THE_OTHER + [Fate(status(403, "AccessDenied"))] * 20
+    with pytest.raises(Unavailable, match="403 AccessDenied"):
+        store.probe()
 
 
 def test_what_a_probe_left_behind_is_not_foreign(store: ObjectStore, bucket: Bucket) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import secrets
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
+
+from everstep.store.parallel import in_parallel
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -15,6 +18,7 @@ PROBES = "probe/"
 
 MAX_KEY_CHARACTERS = 512
 MAX_PART_CHARACTERS = 255
+_RACES = 16
 _NAMED_BY_DIGEST = re.compile("(.*/)?[0-9a-f]{64}")
 _PART = rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{MAX_PART_CHARACTERS - 1}}}"
 _KEY = re.compile(f"{_PART}(/{_PART})*")
@@ -157,6 +161,32 @@ def refuses_to_overwrite(store: Store) -> bool:
         return not store.put(key, [secrets.token_bytes(16)]) and bytes(store.get(key)) == mine
     finally:
         store.delete(key)
+
+
+def lets_two_win(store: Store) -> bool:
+    """Let two create an object at the same time, for several objects, and look whether both were told of one
+    that they had; take them away again. A store that looks first and writes then is found so, but for its
+    luck."""
+    run = PROBES + secrets.token_hex(8)
+    objects = [f"{run}-{number:02d}" for number in range(_RACES)]
+    racers = [key for key in objects for _ in range(2)]
+    # Each waits for all others, and so each has a thread of its own.
+    start = threading.Barrier(len(racers))
+
+    def create(key: str) -> str | None:
+        try:
+            start.wait()
+        except BaseException:
+            start.abort()  # An interrupted one does not come, and is not waited for.
+            raise
+        return key if store.put(key, [secrets.token_bytes(16)]) else None
+
+    try:
+        won = [key for key in in_parallel(racers, len(racers), lambda: create) if key is not None]
+    finally:
+        start.abort()  # Of those whose thread could not be started nobody is left waiting either.
+        in_parallel(objects, len(objects), lambda: store.delete)
+    return len(won) > len(set(won))
 
 
 def is_key(key: str) -> bool:

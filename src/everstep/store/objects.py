@@ -14,7 +14,15 @@ from typing import Any, TypeVar
 from everstep.errors import EverstepError, NotFound, Unsupported
 from everstep.store import cloud
 from everstep.store.answers import MISSING, PASSING, PAST_END, TAKEN, Answer, Place, sentence, understood
-from everstep.store.base import Buffer, Entry, checked, is_key, is_named_by_digest, refuses_to_overwrite
+from everstep.store.base import (
+    Buffer,
+    Entry,
+    checked,
+    is_key,
+    is_named_by_digest,
+    lets_two_win,
+    refuses_to_overwrite,
+)
 from everstep.store.forks import note_use
 from everstep.store.parallel import in_parallel
 from everstep.store.patience import Clock, Patience
@@ -339,24 +347,32 @@ class ObjectStore:
     # -- whether it can be one ----------------------------------------------------------------------------
 
     def probe(self) -> None:
-        """Create an object twice and expect to be refused; take it away again. Four small requests.
+        """Create an object twice and expect to be refused, let several be created by two at once and expect
+        one winner each, and take all away again. Some fifty small requests, most of them at once.
 
         Raises:
-            Unsupported: the store does not refuse, or cannot be asked to.
+            Unsupported: the store does not refuse, cannot be asked to, or lets two win.
         """
         if self.unsafe_single_writer:
             return
         try:
             kept = refuses_to_overwrite(self)
+            won_twice = kept and lets_two_win(self)
         except EverstepError as error:
             raise self._cannot_create(error) from None
         if not kept:
-            raise Unsupported(
-                f"{self.url} overwrites objects although it was asked not to, so that two writers would "
-                "destroy each other's snapshots",
-                kept="nothing was created",
-                next=_INSIST,
+            raise self._spoils("overwrites objects although it was asked not to")
+        if won_twice:
+            raise self._spoils(
+                "lets two create one object at the same moment (it looks first, and writes then)"
             )
+
+    def _spoils(self, what: str) -> Unsupported:
+        return Unsupported(
+            f"{self.url} {what}, so that two writers would destroy each other's snapshots",
+            kept="nothing was created",
+            next=_INSIST,
+        )
 
     def _cannot_create(self, error: EverstepError) -> EverstepError:
         if not isinstance(error, Unsupported):
