@@ -102,6 +102,8 @@ class Taking:
         self._journals: deque[EndedJournal] = deque()
         self._memory: dict[Job, memoryview] = {}
         self._useless: deque[memoryview] = deque()
+        self._withdrawn: set[Job] = set()
+        """Jobs that were never to become anything."""
 
     def prepare(self, collected: Collected) -> None:
         """Have arenas made for such a state, in the background. Does not block."""
@@ -165,6 +167,7 @@ class Taking:
         """Let the other ranks know that this one has no part in a take that they have agreed on."""
         job = Job(self._capturer.layout(occasion.collect()), occasion.facts)
         job.take = occasion.number
+        self._withdrawn.add(job)
         self._keeper.submit(job)
         self._keeper.drop(job)
 
@@ -232,6 +235,7 @@ class Taking:
         why = occasion.agree(sample)
         if why:
             self._emit(Failed(job.facts.step, why))
+            self._withdrawn.add(job)
             self._keeper.drop(job)
         else:
             self._keeper.end(job)
@@ -315,6 +319,9 @@ class Taking:
         """To be told by the keeper, in its thread, before the job's `Pending` is."""
         job = outcome.job
         memory = self._memory.pop(job, None)
+        if job in self._withdrawn:
+            self._withdrawn.remove(job)
+            return
         if outcome.snapshot is None and outcome.error is None:
             return  # A rank's part of one: rank 0 says what becomes of it.
         if outcome.snapshot is None:
