@@ -117,14 +117,15 @@ def digest_of(state: dict[str, torch.Tensor]) -> str:
 def stored_state(path: str, snapshot: str) -> dict[str, torch.Tensor]:
     """The same out of the chain, by one process."""
     loaded = everstep.load(path, snapshot)
-    numbers = loaded.parameters("optimizer")
+    tree: Any = Chain(path).manifest(loaded.snapshot).tree
+    names = [name.removeprefix("model.") for name in tree["run"]["parameters"]["optimizer"]]
     found = {}
     for name, tensor in loaded.read("model/*").items():
         found[name] = torch.as_tensor(tensor)
     for name, tensor in loaded.read("optimizer/*").items():
         parts = name.split("/")
         if parts[2].isdigit():
-            parts[2] = numbers[int(parts[2])]
+            parts[2] = names[int(parts[2])]
         found["/".join(parts)] = torch.as_tensor(tensor)
     return found
 
