@@ -204,7 +204,7 @@ class Packing:
             self._lanes.close()
             self._putter.close()
             if self._common is not None:
-                self._common.give_up(self)
+                self._common.leave(self)
             self._draft.write_s = self._putter.busy_s
             self._draft.cpu_s += self._lanes.cpu_s + self._putter.cpu_s
 
