@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 from making import GRID_BYTES
 
-from everstep.chain import parts
+from everstep.chain import parts, prune
+from everstep.chain.census import Census
 from everstep.chain.encoding import Always
 from everstep.chain.history import Chain, Snapshot
 from everstep.chain.lease import Lease
 from everstep.chain.parts import Part, Take
 from everstep.chain.reader import Reader, Target
+from everstep.chain.retention import Keep
 from everstep.chain.writer import Captured, Facts, Writer
 from everstep.format import values
 from everstep.format.chunk import Encoding
@@ -161,23 +163,31 @@ class World:
     """The writers of all ranks of a job, which take turns in one thread."""
 
     def __init__(
-        self, store: Store | str, ranks: int, encoding: Encoding = Encoding.RAW, branch: str = "main"
+        self,
+        store: Store | str,
+        ranks: int,
+        encoding: Encoding = Encoding.RAW,
+        branch: str = "main",
+        through: Mapping[int, Store] | None = None,
     ) -> None:
+        """`through`: the ways of some ranks to the store."""
         self.chain = Chain.create(store, GRID_BYTES)
+        self.chains = [Chain((through or {}).get(rank, self.chain.store)) for rank in range(ranks)]
         self.ranks = ranks
         self.lease = Lease.take(self.chain.store, branch)
         newest = self.chain.head(branch) if self.chain.is_branch(branch) else None
         self.parent = newest.id if newest is not None else ""
         self.number = 0
+        self.census = Census(self.chains[0])
         self.writers = [
             Writer(
-                self.chain,
-                self.lease if rank == 0 else Lease(self.chain.store, self.lease.number, branch),
+                chain,
+                Lease(chain.store, self.lease.number, branch),
                 branch,
                 self.parent,
                 Always(encoding),
             )
-            for rank in range(ranks)
+            for chain in self.chains
         ]
         if newest is not None and len(newest.record.manifests) == ranks:
             for writer, part in zip(self.writers, self.chain.manifests(newest), strict=True):
@@ -193,18 +203,26 @@ class World:
         random.Random(take.number).shuffle(order)
         return [
             parts.announce(
-                self.chain, take, self.writers[rank].store_part(one.captured(rank), rank, self.ranks)
+                self.chains[rank], take, self.writers[rank].store_part(one.captured(rank), rank, self.ranks)
             )
             for rank in order
         ]
 
     def commit(self, take: Take, step: int) -> Snapshot:
-        found = parts.gather(self.chain, take, self.ranks, deadline_s=0.0)
+        found = parts.gather(self.chains[0], take, self.ranks, deadline_s=0.0)
         snapshot = self.writers[0].commit(found, Facts(step=step))
-        parts.clear(self.chain, take)
+        parts.clear(self.chains[0], take)
         return snapshot
 
     def take(self, one: State, step: int) -> Snapshot:
         take = self.begin()
         self.store(take, one)
         return self.commit(take, step)
+
+    def prune(self, keep: Keep) -> None:
+        """As rank 0's keeper does after a commit."""
+        chain, writer = self.chains[0], self.writers[0]
+        plan = prune.plan(chain, keep, branches=[writer.branch], mine=writer.lease, census=self.census)
+        if plan is not None:
+            writer.forget_packs(set(plan.packs))
+            writer.has_pruned(prune.execute(chain, plan).records)
