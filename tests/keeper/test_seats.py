@@ -197,6 +197,7 @@ def test_each_rank_s_next_trainer_gets_its_own(running: Running, path: Path, ask
     run = Run(running, path)
     run.take(10, 1)
     run.die()
+    until(lambda: not asker.status().trainer, "they are dead")
     heirs = [Ranked(running, rank) for rank in range(RANKS)]
     snapshot = None
     for heir in heirs:
@@ -223,6 +224,7 @@ def test_another_number_of_ranks_waits_for_all_and_gets_nothing(
     run = Run(running, path)
     run.take(10, 1)
     run.die()
+    until(lambda: not asker.status().trainer, "they are dead")
     heir = Ranked(running, 1, 2)
     assert heir.settle() == ()
     assert_joined(path, [10], RANKS)
@@ -271,7 +273,7 @@ def test_a_rank_that_begins_as_another_is_refused(running: Running, path: Path) 
 
 
 def test_who_waits_for_rank_0_does_not_wait_for_its_deadline(
-    running: Running, path: Path, monkeypatch: pytest.MonkeyPatch
+    running: Running, path: Path, asker: Speaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of ranks on other machines this one is told nothing: they may have died with their keepers."""
     monkeypatch.setattr("everstep.keeper.joining.HURRY_S", 0.0)
@@ -280,6 +282,9 @@ def test_who_waits_for_rank_0_does_not_wait_for_its_deadline(
         run.trainers[rank].store(10, 1, run.arenas[rank])
     run.trainers[1].hear(protocol.Done)
     run.die(0, 1)
+    until(
+        lambda: [seat.trainer > 0 for seat in asker.status().seats] == [False, False, True], "they are dead"
+    )
     heir = Ranked(running, 0)
     assert heir.settle() == ()
     assert list(Chain(path).snapshots()) == []
