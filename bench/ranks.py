@@ -1,381 +1,372 @@
-"""Real trainings of several ranks under `torchrun`, killed with SIGKILL at random instants and started again,
-with as many ranks or with others.
+"""The commit of a snapshot of thousands of ranks, on a clock of its own: the real writers and part records,
+over a store in memory that counts requests, takes its time, refuses when it is asked too often, and shows an
+object only from when it was put.
 
-    python -m bench.ranks --kills 50 --seed 1 --json ranks.json
+    python -m bench.ranks --ranks 16384
 
-Three trainings (DDP; FSDP2; FSDP2 with tensor parallelism) of a small model with dropout, AdamW, a learning
-rate schedule and a shuffled loader, on the CPU with gloo, with a snapshot every three steps. In turn one rank
-is killed, all ranks, torchrun and all ranks, a keeper. At each start what came back is held, byte for byte,
-against what one process reads out of the chain. With the same number of ranks the losses and the final state
-are those of a training that nobody disturbed, bit for bit. With another number each sample of an epoch is
-trained exactly once.
+Ranks other than 0 read nothing of each other, so that each lives its take through before the next one does,
+each on its own clock; what rank 0 sees of them is what was there by its clock. Nobody waits for real time.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import json
-import os
 import random
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from unittest import mock
 
-import torch
-import torch.distributed as dist
-from blake3 import blake3
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
+from everstep.chain import lease, parts
+from everstep.chain.encoding import Always
+from everstep.chain.history import Chain, Snapshot
+from everstep.chain.lease import Lease
+from everstep.chain.parts import Take
+from everstep.chain.writer import Captured, Facts, Writer
+from everstep.errors import NotFound, Unavailable
+from everstep.format import manifest, record, values
+from everstep.format.chunk import Encoding
+from everstep.format.layout import Slice, lay_out
+from everstep.format.values import Leaf
+from everstep.store.base import Buffer, Entry
+from everstep.store.patience import Clock, Patience, tries
+from everstep.testing.faults import Died
 
-import everstep
-from everstep.chain.history import Chain
-from everstep.chain.verify import verify
+PAGE = 1000
+"""Keys on a page of a listing, and in a request that deletes."""
 
-KINDS = ("ddp", "fsdp", "fsdp_tp")
-WORLDS = (4, 2, 3, 1)
-EPOCHS = 2
-SAMPLES = 144
-"""Of an epoch: a multiple of every number of ranks times the batch."""
+AT_ONCE = 16
+"""Reads of small objects, as from a bucket."""
 
-BATCH = 4
-FEATURES = 32
-STARTS_S = 300.0
-
-
-class Noisy(Dataset[tuple[torch.Tensor, int]]):
-    def __len__(self) -> int:
-        return SAMPLES
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return torch.full((FEATURES,), float(index)) / SAMPLES + torch.randn(FEATURES) * 0.1, index
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(FEATURES, 4 * FEATURES)
-        self.down = nn.Linear(4 * FEATURES, FEATURES)
-        self.norm = nn.LayerNorm(FEATURES)
-        self.drop = nn.Dropout(0.1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.drop(self.down(torch.relu(self.up(self.norm(x)))))
-
-
-def built(kind: str, ranks: int) -> nn.Module:
-    """The model, as a training of this kind has it on this rank."""
-    torch.manual_seed(7)
-    model = nn.Sequential(nn.Linear(FEATURES, FEATURES), Block(), Block(), nn.Linear(FEATURES, 1))
-    if kind == "ddp":
-        return nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    tensor = 2 if kind == "fsdp_tp" and ranks % 2 == 0 else 1
-    mesh = init_device_mesh("cpu", (ranks // tensor, tensor), mesh_dim_names=("data", "tensor"))
-    for block in (model[1], model[2]):
-        if kind == "fsdp_tp":
-            parallelize_module(block, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-        fully_shard(block, mesh=mesh["data"])
-    fully_shard(model, mesh=mesh["data"])
-    return model
-
-
-def whole(value: Any) -> torch.Tensor:
-    """A tensor as one process would have it. All ranks have to ask."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value.detach()
-
-
-def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The whole state by leaf, gathered from all ranks."""
-    module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    names = {id(one): name for name, one in module.named_parameters()}
-    found = {f"model/{name}": whole(one) for name, one in module.state_dict().items()}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            found[f"optimizer/state/{names[id(parameter)]}/{key}"] = whole(value)
-    return found
-
-
-def digest_of(state: dict[str, torch.Tensor]) -> str:
-    hasher = blake3()
-    for name, tensor in sorted(state.items()):
-        hasher.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return hasher.hexdigest()
-
-
-def stored_state(path: str, snapshot: str) -> dict[str, torch.Tensor]:
-    """The same out of the chain, by one process."""
-    loaded = everstep.load(path, snapshot)
-    tree: Any = Chain(path).manifest(loaded.snapshot).tree
-    names = [name.removeprefix("model.") for name in tree["run"]["parameters"]["optimizer"]]
-    found = {}
-    for name, tensor in loaded.read("model/*").items():
-        found[name] = torch.as_tensor(tensor)
-    for name, tensor in loaded.read("optimizer/*").items():
-        parts = name.split("/")
-        if parts[2].isdigit():
-            parts[2] = names[int(parts[2])]
-        found["/".join(parts)] = torch.as_tensor(tensor)
-    return found
-
-
-def train(kind: str, path: str, log: str) -> None:
-    """A rank's training, to its end."""
-    dist.init_process_group("gloo")
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    torch.set_num_threads(1)
-    model = built(kind, ranks)
-    torch.manual_seed(100 + rank)
-    data_ranks, data_rank = (ranks // 2, rank // 2) if kind == "fsdp_tp" and ranks % 2 == 0 else (ranks, rank)
-    data = Noisy()
-    sampler = DistributedSampler(data, data_ranks, data_rank, shuffle=True, seed=3)
-    loader = DataLoader(data, BATCH, sampler=sampler)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
-    run = everstep.open(
-        path, model=model, optimizer=optimizer, schedule=schedule, data=loader, every="3 steps", keep="all"
-    )
-    out = open(f"{log}/{rank}.jsonl", "w", buffering=1)  # noqa: SIM115
-
-    def say(**facts: Any) -> None:
-        out.write(json.dumps({"rank": rank, "ranks": ranks, **facts}) + "\n")
-
-    if run.resumed is not None:
-        mine = state_of(model, optimizer)
-        if rank == 0:
-            stored = stored_state(path, run.resumed.snapshot)
-            same = mine.keys() == stored.keys() and all(torch.equal(mine[one], stored[one]) for one in mine)
-            say(resumed=run.step, same=same, exact=run.resumed.exact, snapshot=run.resumed.snapshot)
-    say(started=run.step)
-    while run.epoch < EPOCHS:
-        sampler.set_epoch(run.epoch)
-        for inputs, numbers in run.steps():
-            loss = ((model(inputs).squeeze(1) - numbers / SAMPLES) ** 2).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            say(step=run.step + 1, epoch=run.epoch, samples=numbers.tolist(), loss=loss.item().hex())
-            run.log(loss=loss)
-    run.close()
-    digest = digest_of(state_of(model, optimizer))
-    say(done=run.step, digest=digest)
-    dist.destroy_process_group()
-
-
-# -- the campaign -------------------------------------------------------------------------------------------
+SHARD_BYTES = 64
+"""Of a rank: what is counted is requests, not bytes."""
 
 
 @dataclass
-class Found:
-    """What a campaign found. `wrong` is to be empty."""
+class Setting:
+    """How the world is. Times are in seconds.
 
-    kills: Counter[str] = field(default_factory=Counter)
-    starts: Counter[str] = field(default_factory=Counter)
-    resumed: int = 0
-    finished: int = 0
-    wrong: list[str] = field(default_factory=list)
+    Attributes:
+        latency_s: a request takes so long, and up to twice as long.
+        per_second: so many requests of all together are answered in a second; others are told to slow down.
+        store_s: so long a rank takes to store its part, and up to twice as long.
+        slow: the share of ranks that take `slow_times` as long.
+        dying: the share that die in a take, each at a request chosen at random.
+        apart_s: within so much all begin: they do not stand at the same step at the same instant.
+    """
+
+    ranks: int = 4096
+    seed: int = 1
+    latency_s: float = 0.03
+    per_second: int = 3500
+    store_s: float = 10.0
+    slow: float = 0.01
+    slow_times: float = 6.0
+    dying: float = 0.0
+    apart_s: float = 2.0
+    deadline_s: float = 600.0
 
 
-def started(kind: str, ranks: int, path: Path, log: Path, **environment: str) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-        "-m", "bench.ranks", "--train", kind, "--path", str(path), "--into", str(log),
-    ]  # fmt: skip
-    log.mkdir(parents=True)
-    output = open(log / "out", "wb")  # noqa: SIM115
-    return subprocess.Popen(
-        command, stdout=output, stderr=output, start_new_session=True, env={**os.environ, **environment}
+class Objects:
+    """What all see of the store, each by its own clock."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.objects: dict[str, tuple[bytes, float]] = {}
+        self.sorted: dict[str, list[str]] = defaultdict(list)
+        self.answered: Counter[str] = Counter()
+        self.seconds: Counter[int] = Counter()
+
+
+class View:
+    """The store as one process has it: a verb moves its clock on. `dies_at` is the number of a request."""
+
+    def __init__(self, objects: Objects, name: str, seed: int, dies_at: int | None = None) -> None:
+        self.url = f"memory://{name}"
+        self.now = 0.0
+        self.answered: Counter[str] = Counter()
+        self.refused = 0
+        self.dies_at = dies_at
+        self._objects = objects
+        self._rng = random.Random(seed)
+        self._clock = Clock(lambda: self.now, self.sleep, self._rng.random)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def _ask(self, verb: str, key: str, requests: int = 1) -> None:
+        if self.dies_at is not None and self.answered.total() >= self.dies_at:
+            raise Died
+        # Who reads many small objects asks for several at once.
+        latency_s = self._objects.setting.latency_s / (AT_ONCE if verb == "get" else 1)
+        for _ in range(requests):
+            self._request(latency_s)
+        what = f"{verb} {key.partition('/')[0]}"
+        self.answered[what] += requests
+        self._objects.answered[what] += requests
+
+    def _request(self, latency_s: float) -> None:
+        setting = self._objects.setting
+        for _ in tries(Patience(), self._clock):
+            self.now += latency_s * (1 + self._rng.random())
+            second = int(self.now)
+            if self._objects.seconds[second] < setting.per_second:
+                self._objects.seconds[second] += 1
+                return
+            self.refused += 1
+        raise Unavailable(f"{self.url} is asked too often", away=True)
+
+    def _there(self, key: str) -> bytes | None:
+        data, since = self._objects.objects.get(key, (None, 0.0))
+        return data if since <= self.now else None
+
+    def put(self, key: str, parts: Sequence[Buffer]) -> bool:
+        self._ask("put", key)
+        if self._there(key) is not None:
+            return False
+        if key not in self._objects.objects:
+            bisect.insort(self._objects.sorted[key.partition("/")[0]], key)
+        self._objects.objects[key] = (b"".join(parts), self.now)
+        return True
+
+    def get(self, key: str, start: int = 0, size_bytes: int | None = None) -> Buffer:
+        self._ask("get", key)
+        data = self._there(key)
+        if data is None:
+            raise NotFound(f"there is no {key}", key=key)
+        return data[start:] if size_bytes is None else data[start : start + size_bytes]
+
+    def read_into(self, key: str, start: int, buffers: Sequence[memoryview]) -> int:
+        raise NotImplementedError
+
+    def list(self, prefix: str = "", limit: int | None = None) -> Iterator[Entry]:
+        found = self._objects.sorted[prefix.partition("/")[0]] if prefix else sorted(self._objects.objects)
+        begin = bisect.bisect_left(found, prefix)
+        keys_there = []
+        for key in found[begin:]:
+            if not key.startswith(prefix):
+                break
+            if self._objects.objects[key][1] <= self.now:
+                keys_there.append(key)
+            if limit is not None and len(keys_there) == limit:
+                break
+        self._ask("list", prefix, 1 + len(keys_there) // PAGE)
+        for key in keys_there:
+            data, since = self._objects.objects[key]
+            yield Entry(key, len(data), since)
+
+    def delete(self, key: str) -> None:
+        self.clear([key])
+
+    def clear(self, keys: Sequence[str]) -> None:
+        if keys:
+            self._ask("delete", keys[0], -(-len(keys) // PAGE))
+        for key in keys:
+            if self._objects.objects.pop(key, None) is not None:
+                self._objects.sorted[key.partition("/")[0]].remove(key)
+
+
+@dataclass
+class Took:
+    """What became of a take. Requests are those that were answered: of the rank with the most, of rank 0, and
+    of all by kind; `refused` are those to which the store said to ask later. `late_s`: how long after the
+    last part was there rank 0 had committed."""
+
+    committed: bool
+    dead: int
+    why: str = ""
+    of_a_rank: int = 0
+    of_rank_0: int = 0
+    requests: dict[str, int] = field(default_factory=dict)
+    refused: int = 0
+    last_part_s: float = 0.0
+    late_s: float = 0.0
+
+
+class Job:
+    """The ranks of a training, started with `start` and again after some have died."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.objects = Objects(setting)
+        self.now = 0.0
+        self._rng = random.Random(setting.seed)
+        self.views: dict[int, View] = {}
+        self.writers: dict[int, Writer] = {}
+        self.number = 0
+        self.start()
+
+    def start(self) -> None:
+        """All that are not there begin, rank 0 with a lease of its own."""
+        for rank in range(self.setting.ranks):
+            if rank not in self.writers:
+                self._begin(rank)
+
+    def _begin(self, rank: int) -> None:
+        view = self.views[rank] = View(self.objects, "ranks", self._rng.randrange(1 << 30))
+        view.now = self.now
+        chain = Chain.create(view)
+        if rank == 0:
+            # As on another machine: nobody can tell whether the one before is dead.
+            with mock.patch.object(lease, "_lives", return_value=False):
+                self.lease = Lease.take(view)
+            head = chain.head()
+            self.parent = head.id if head is not None else ""
+        mine = Lease(view, self.lease.number)
+        self.writers[rank] = Writer(
+            chain, mine, parent=self.parent, encodings=Always(Encoding.RAW), cores=lambda: 1
+        )
+
+    def die(self, rank: int) -> None:
+        self.writers.pop(rank, None)
+
+    def take(self, step: int, dying: dict[int, int] | None = None) -> Took:
+        """One take, with a part of each rank. `dying`: at which request of the take a rank dies; the share in
+        the setting, unless given."""
+        setting, rng = self.setting, self._rng
+        if dying is None:
+            count = round(setting.dying * setting.ranks)
+            dying = {rank: rng.randrange(3) for rank in rng.sample(range(1, setting.ranks), count)}
+        self.number += 1
+        take = Take("main", self.lease.number, self.number)
+        self.objects.seconds.clear()
+        self.objects.answered.clear()
+        before, slow = self.now, set(rng.sample(range(setting.ranks), round(setting.slow * setting.ranks)))
+        begun: dict[int, float] = {rank: before + rng.random() * setting.apart_s for rank in self.writers}
+        ready, dead = before, []
+        for rank in sorted(self.writers, key=begun.__getitem__):
+            view = self.views[rank]
+            view.now, view.dies_at = begun[rank], dying.get(rank)
+            view.answered.clear()
+            view.refused = 0
+            view.sleep(setting.store_s * (1 + rng.random()) * (setting.slow_times if rank in slow else 1))
+            try:
+                part = self.writers[rank].store_part(
+                    _captured(rank, setting.ranks, step), rank, setting.ranks
+                )
+                parts.announce(self.writers[rank].chain, take, part)
+                ready = max(ready, view.now)
+            except Died:
+                dead.append(rank)
+        found = Took(False, 0, last_part_s=ready - before)
+        found.of_a_rank = max(self.views[rank].answered.total() for rank in self.writers if rank)
+        zero = self.views[0]
+        zero.now = max(zero.now, begun[0])
+        try:
+            self._commit(take, step)
+            found.committed, found.late_s = True, zero.now - ready
+        except Unavailable as error:
+            found.why = error.problem
+        except Died:
+            dead.append(0)
+        found.of_rank_0, found.requests = zero.answered.total(), dict(self.objects.answered)
+        found.dead = len(dead)
+        found.refused = sum(view.refused for view in self.views.values())
+        self.now = max(view.now for view in self.views.values())
+        for rank in dead:
+            self.die(rank)
+        return found
+
+    def _commit(self, take: Take, step: int) -> Snapshot:
+        zero, chain = self.views[0], self.writers[0].chain
+        found = parts.gather(
+            chain, take, self.setting.ranks, self.setting.deadline_s, lambda: zero.now, zero.sleep
+        )
+        snapshot = self.writers[0].commit(found, Facts(step=step))
+        with suppress(Unavailable):
+            parts.clear(chain, take)
+        return snapshot
+
+    def head(self) -> Snapshot | None:
+        view = View(self.objects, "ranks", 0)
+        view.now = self.now
+        return Chain(view).head()
+
+
+def _captured(rank: int, ranks: int, step: int) -> Captured:
+    layout = lay_out(
+        [Slice("model/w", "uint8", (ranks * SHARD_BYTES,), (rank * SHARD_BYTES,), (SHARD_BYTES,))]
+    )
+    memory = bytearray(layout.arena_bytes)
+    memory[:16] = rank.to_bytes(8, "little") + step.to_bytes(8, "little")
+    tree = {"objects": {"model": {"w": Leaf("model/w")}}, "run": {"progress": {"step": step}}}
+    return Captured.whole(layout, memoryview(memory), values.encode(tree))
+
+
+# -- sizes -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """In bytes, of the objects of a snapshot of so many ranks; and how many requests it takes."""
+
+    ranks: int
+    record: int
+    head: int
+    part_record: int
+    part_records: int
+    restore_gets: int
+    listing_pages: int
+
+
+def sizes(ranks: int) -> Sizes:
+    """By encoding such objects."""
+    digest = "ab" * 32
+    facts = {"loss": 2.345678, "lr": 0.0003}
+    made = record.SnapshotRecord(
+        format=manifest.SEVERAL, step=123_456, epoch=3, state=digest, manifests=(digest,) * ranks,
+        taken_at="2026-01-02T03:04:05.678901+00:00", branch="main", writer=7, parents=(digest,),
+        metrics=facts,
+        logical_bytes=1 << 44, new_bytes=1 << 44, stored_bytes=1 << 44,
+    )  # fmt: skip
+    head = record.HeadRecord(digest, 123_456, 7, "0" * 16, made.taken_at, "main", number=1234, format=3)
+    part = record.PartRecord(
+        "main",
+        7,
+        1234,
+        ranks - 1,
+        ranks,
+        digest,
+        digest,
+        "0" * 16,
+        made.taken_at,
+        "",
+        1 << 30,
+        1 << 30,
+        1 << 30,
+    )
+    one = len(record.seal(part))
+    return Sizes(
+        ranks,
+        len(record.encode(made)),
+        len(record.seal(head)),
+        one,
+        one * ranks,
+        2 + ranks,
+        -(-ranks // PAGE),
     )
 
 
-def ranks_of(torchrun: subprocess.Popen[bytes]) -> list[int]:
-    """The processes of the ranks."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                command = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if parent == torchrun.pid and b"--train" in command:
-                found.append(int(entry.name))
-    return found
-
-
-def keepers_of(path: Path) -> list[int]:
-    from everstep.keeper.client import living
-
-    return [one.pid for one in living() if one.chain == str(path)]
-
-
-def lines(log: Path) -> list[dict[str, Any]]:
-    found = []
-    for file in sorted(log.glob("*/*.jsonl")):
-        for line in file.read_text().splitlines():
-            try:
-                found.append({"start": file.parent.name, **json.loads(line)})
-            except json.JSONDecodeError:
-                continue  # Torn by the kill.
-    return found
-
-
-def kill(how: str, torchrun: subprocess.Popen[bytes], path: Path, dice: random.Random) -> None:
-    ranks = ranks_of(torchrun)
-    if how == "one rank" and ranks:
-        victims = [dice.choice(ranks)]
-    elif how == "a keeper":
-        victims = keepers_of(path)[:1]
-    else:
-        victims = [*ranks, torchrun.pid] if how == "all" else ranks
-    for pid in victims:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
-def progress(log: Path) -> int:
-    return sum(1 for line in lines(log) if "step" in line)
-
-
-def campaign(
-    kind: str,
-    worlds: list[int],
-    kills: int,
-    dice: random.Random,
-    found: Found,
-    reference: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """One training with its kills; returns its end."""
-    scratch = Path(tempfile.mkdtemp(prefix="ranks-"))
-    path, log = scratch / "chain", scratch / "log"
-    left = kills
-    turn = 0
-    try:
-        while True:
-            ranks = worlds[turn % len(worlds)]
-            turn += 1
-            torchrun = started(kind, ranks, path, log / f"{turn:04d}")
-            found.starts[f"{kind} {ranks}"] += 1
-            if left > 0:
-                how = ("one rank", "all", "ranks", "a keeper")[(kills - left) % 4]
-                wait = progress(log) + dice.randrange(0, ranks * 20)
-                deadline = time.monotonic() + STARTS_S
-                while torchrun.poll() is None and progress(log) < wait:
-                    if time.monotonic() > deadline:
-                        found.wrong.append(f"{kind} {ranks}: no step for {STARTS_S:.0f} s")
-                        break
-                    time.sleep(0.02)
-                time.sleep(dice.random() * 0.5)
-                if torchrun.poll() is None:
-                    kill(how, torchrun, path, dice)
-                    found.kills[how] += 1
-                    left -= 1
-            if how_ended(torchrun) == 0:
-                break
-            if turn > 2 * kills + 3:
-                said = (log / f"{turn:04d}" / "out").read_text(errors="replace")[-2000:]
-                found.wrong.append(f"{kind} {worlds}: does not come to its end: {said}")
-                return {}
-        return ended(kind, worlds, path, log, found, reference)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def how_ended(torchrun: subprocess.Popen[bytes]) -> int:
-    try:
-        status = torchrun.wait(STARTS_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(torchrun.pid, signal.SIGKILL)
-        status = torchrun.wait()
-    # Those whose torchrun was killed go with it, or else hang on each other.
-    with suppress(ProcessLookupError):
-        os.killpg(torchrun.pid, signal.SIGKILL)
-    return status
-
-
-def ended(
-    kind: str, worlds: list[int], path: Path, log: Path, found: Found, reference: dict[str, Any] | None
-) -> dict[str, Any]:
-    said = lines(log)
-    resumed = [line for line in said if "resumed" in line]
-    found.resumed += len(resumed)
-    found.wrong += [f"{kind}: {line} is not what is stored" for line in resumed if not line["same"]]
-    same_world = len(set(worlds)) == 1
-    if same_world:
-        found.wrong += [f"{kind}: {line} is approximate" for line in resumed if not line["exact"]]
-    ends = {(line["done"], line["digest"]) for line in said if "digest" in line}
-    if len(ends) != 1:
-        found.wrong.append(f"{kind} {worlds}: ranks end differently: {ends}")
-        return {}
-    ((done, digest),) = ends
-    steps = [line for line in said if "step" in line and line["step"] <= done]
-    # Of a step that was trained several times the last counts.
-    newest = {line["step"]: line["start"] for line in sorted(steps, key=lambda line: str(line["start"]))}
-    last = {(line["step"], line["rank"]): line for line in steps if line["start"] == newest[line["step"]]}
-    for epoch in range(EPOCHS):
-        data = [line for line in last.values() if line["epoch"] == epoch and _has_data(kind, line)]
-        trained = Counter(one for line in data for one in line["samples"])
-        if trained != Counter(range(SAMPLES)):
-            twice = sum(count - 1 for count in trained.values() if count > 1)
-            missing = SAMPLES - len(trained)
-            found.wrong.append(f"{kind} {worlds}: epoch {epoch}: {twice} trained twice, {missing} not at all")
-    report = verify(Chain(path))
-    found.wrong += [f"{kind}: {one}" for one in report.findings]
-    end = {
-        "done": done,
-        "digest": digest,
-        "losses": {f"{step}-{rank}": line["loss"] for (step, rank), line in last.items()},
-    }
-    if reference is not None and same_world and end != reference:
-        found.wrong.append(f"{kind} {worlds}: differs from the training that nobody disturbed")
-    found.finished += 1
-    return end
-
-
-def _has_data(kind: str, line: dict[str, Any]) -> bool:
-    """Of ranks that share their data, the first."""
-    return not (kind == "fsdp_tp" and line["ranks"] % 2 == 0 and line["rank"] % 2)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--train", choices=KINDS)
-    parser.add_argument("--path", default="")
-    parser.add_argument("--into", default="")
-    parser.add_argument("--kills", type=int, default=50)
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.ranks", description=__doc__)
+    parser.add_argument("--ranks", type=int, default=4096)
+    parser.add_argument("--dying", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    if given.train:
-        train(given.train, given.path, given.into)
-        return
-    dice = random.Random(given.seed)
-    found = Found()
-    share = max(given.kills // (2 * len(given.kinds)), 1)
-    for kind in given.kinds:
-        reference = campaign(kind, [4], 0, dice, found, None)
-        campaign(kind, [4], share, dice, found, reference)
-        campaign(kind, list(WORLDS), share, dice, found, None)
-        print(kind, asdict(found), flush=True)
-    if given.json:
-        given.json.write_text(json.dumps(asdict(found), indent=1) + "\n")
-    sys.exit(bool(found.wrong))
+    chosen = parser.parse_args(arguments)
+    job = Job(Setting(chosen.ranks, chosen.seed))
+    print(json.dumps({"calm": asdict(job.take(1))}))
+    job.setting.dying = chosen.dying
+    print(json.dumps({"some die": asdict(job.take(2))}))
+    job.setting.dying = 0.0
+    job.start()
+    print(json.dumps({"started again": asdict(job.take(3))}))
+    head = job.head()
+    print(json.dumps({"head": head.step if head else None, "sizes": asdict(sizes(chosen.ranks))}))
+    return 0 if head is not None and head.step == 3 else 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

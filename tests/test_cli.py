@@ -39,6 +39,7 @@ from everstep.format.layout import Slice, item_bytes, lay_out
 from everstep.format.record import StepRecord, TagRecord, seal
 from everstep.format.values import Leaf, Symbol
 from everstep.integrations import safetensors_file, torch_file
+from everstep.keeper import protocol
 from everstep.state.capture import Capturer
 from everstep.state.collecting import Collector
 from everstep.state.objects import named
@@ -1056,6 +1057,7 @@ EXPORT_LARGE = """
 import sys
 from everstep import cli
 from everstep.integrations import safetensors_file, torch_file
+from everstep.keeper import protocol
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 assert cli.main(["-r", sys.argv[1], "log"]) == 0
@@ -1221,3 +1223,26 @@ def test_keeper_shows_who_stores_what_for_whom(tmp_path, capsys, monkeypatch):
         assert row[:2] == [str(one["pid"]), str(os.getpid())]
     assert cli.main(["keeper", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
+
+
+def test_keeper_shows_a_line_for_each_rank(capsys, monkeypatch):
+    joining = protocol.Open(20, "joining", 4096)
+    seats = (
+        protocol.Seated(0, 501, (joining,), (4096, 4096)),
+        protocol.Seated(3, 0, (), (4096,), ("ab" * 32, "cd" * 32)),
+    )
+    many = protocol.Status("1", 400, "/runs/a", "now", 501, (joining,), (4096,) * 3, ranks=8, seats=seats)
+    other_version = protocol.Status("0", 401, "/runs/b", "now", 0, (), (4096,), held="ef" * 32)
+    monkeypatch.setattr("everstep.keeper.client.living", lambda: [many, other_version])
+    assert cli.main(["keeper"]) == 0
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[:2] for row in rows] == [["400", "501"], ["400", "-"], ["401", "-"]]
+    assert "rank 0 of 8: joining step 20" in rows[0]
+    assert "rank 3 of 8: holds abababab" in rows[1]
+    assert "rank" not in rows[2]
+    assert "holds efefefef" in rows[2]
+    assert cli.main(["keeper", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [seat["rank"] for seat in shown[0]["seats"]] == [0, 3]
+    assert shown[0]["seats"][0]["jobs"] == [{"step": 20, "phase": "joining", "size_bytes": 4096}]
+    assert shown[0]["seats"][1]["held"] == ["ab" * 32, "cd" * 32]

@@ -31,7 +31,7 @@ def laid(floats: int = 300_000) -> Layout:
     )
 
 
-def laid_of(rank: int, ranks: int, floats: int = 30_000) -> Layout:
+def laid_of(rank: int, ranks: int, floats: int = 100_000) -> Layout:
     """One rank's part: its rows of a leaf, a leaf of its own, and one that all have and the first stores."""
     slices = [
         Slice("rows", "float32", (ranks * floats,), (rank * floats,), (floats,)),
@@ -86,14 +86,18 @@ def stored(chain: Chain, snapshot: Snapshot) -> bytes:
 
 
 def read_back(chain: Chain, snapshot: Snapshot, manifest: Manifest) -> bytes:
-    """The same of one of its manifests."""
+    """The same of one of its manifests, or of all joined."""
     assert manifest.tree == {"step": snapshot.step}
+    return filled(chain.store, manifest)
+
+
+def filled(store: Store, manifest: Manifest) -> bytes:
     made = bytearray(sum(aligned(region.size_bytes) for region in manifest.regions))
     targets, at = [], 0
     for number, region in enumerate(manifest.regions):
         targets.append(Target(number, 0, memoryview(made)[at : at + region.size_bytes]))
         at += aligned(region.size_bytes)
-    assert Reader(chain.store).fill(manifest, targets) == []
+    assert Reader(store).fill(manifest, targets) == []
     return bytes(made)
 
 

@@ -159,6 +159,10 @@ def test_what_was_handed_over_outlives_all_and_each_gets_its_own_back(
     for found in held:
         assert [(one["step"], one["same"]) for one in found] == [(20, True), (10, True)]  # type: ignore[attr-defined]
     assert living()[0].pid == status.pid
+    # Whatever they read of the store, the keeper reads once for all.
+    restored = heirs.ask("restore")
+    assert restored == [restored[0]] * RANKS
+    assert restored[0][0] == []  # type: ignore[index]
     heirs.begin()
     heirs.ask("take", 30, 1)
     heirs.ask("wait")

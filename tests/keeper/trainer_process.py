@@ -10,16 +10,34 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from handing import LAYOUT, begun, hand_over, laid_of, state
+from handing import LAYOUT, begun, filled, hand_over, laid_of, state
 
 from everstep.chain.history import Chain
 from everstep.chain.lease import Lease
 from everstep.errors import EverstepError
+from everstep.format.chunk import digest
 from everstep.keeper.base import Held, Outcome, Terms
 from everstep.keeper.client import ProcessKeeper, living
+from everstep.store.base import Store
+
+
+class Counted:
+    """A store that counts what is read into memory."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.read: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def read_into(self, key: str, start: int, buffers: Sequence[memoryview]) -> int:
+        self.read.append(key)
+        return self.store.read_into(key, start, buffers)
 
 
 class Trainer:
@@ -68,6 +86,13 @@ class Trainer:
         terms = Terms("main", int(lease), parent, "all", rank=self.rank, ranks=self.ranks)
         self.keeper.begin(replace(terms, deadline_s=float(deadline_s)))
         self.keeper.prepare(self.layout.arena_bytes)
+
+    def restore(self) -> list[object]:
+        """Read all of the newest snapshot; returns which packs were read without the keeper, and a digest."""
+        snapshot = next(self.chain.snapshots())
+        store = Counted(self.chain.store)
+        data = filled(self.keeper.reading(store), self.chain.manifest(snapshot))  # type: ignore[arg-type]
+        return [store.read, digest(data)]
 
     def take_lease(self) -> int:
         self.lease = Lease.take(self.chain.store)

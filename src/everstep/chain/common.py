@@ -37,12 +37,11 @@ class Common:
             self._found.update(chunks)
             self._changed.notify_all()
 
-    def give_up(self, writer: object) -> None:
-        """What this writer has claimed and not put it puts no more."""
+    def leave(self, writer: object) -> None:
+        """What this writer has claimed and not put it puts no more. It is not known any more then."""
         with self._changed:
             for name in [name for name, owner in self._claimed.items() if owner is writer]:
-                if name not in self._found:
-                    del self._claimed[name]
+                del self._claimed[name]
             self._changed.notify_all()
 
     def find(self, name: str) -> Found | None:

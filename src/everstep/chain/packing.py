@@ -142,12 +142,14 @@ class Shares:
         held_bytes: what a pack may hold of encoded chunks.
         core: to be had while a thread computes.
         common: the chunks of all of them.
+        done: to be called when all is stored, or has failed.
     """
 
     lanes: int
     held_bytes: int = HELD_BYTES
     core: Callable[[], AbstractContextManager[None]] = nullcontext
     common: Common | None = None
+    done: Callable[[], None] = lambda: None
 
 
 class Packing:
@@ -204,7 +206,8 @@ class Packing:
             self._lanes.close()
             self._putter.close()
             if self._common is not None:
-                self._common.give_up(self)
+                self._common.leave(self)
+            self._shares.done()
             self._draft.write_s = self._putter.busy_s
             self._draft.cpu_s += self._lanes.cpu_s + self._putter.cpu_s
 

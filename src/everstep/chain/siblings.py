@@ -32,6 +32,7 @@ class Siblings:
         self._idle = idle
         self._changed = threading.Condition()
         self._writers = 0
+        self._writes = 0
         self._limit = 1
         self._computing = 0
         self._takes: dict[object, Common] = {}
@@ -47,13 +48,21 @@ class Siblings:
             self._writers -= 1
 
     def shares(self, take: object) -> Shares:
-        """What a writer has that begins to store its part of a take now."""
+        """What a writer has that begins to store its part of a take now. Who begins while no other stores
+        looks how many cores are idle, for all who join it: of their threads not all compute at that instant.
+        """
         with self._changed:
-            # What siblings compute on is not idle, and to be shared with them.
-            self._limit = max(1, self._idle() + self._computing)
+            # What siblings compute on is not idle, and is shared with them.
+            limit = max(1, self._idle() + self._computing)
+            self._limit = max(limit, self._limit) if self._writes else limit
+            self._writes += 1
             self._changed.notify_all()
             held_bytes = min(HELD_BYTES, AIR_BYTES // (PACKS_AT_ONCE * max(self._writers, 1)))
-            return Shares(self._limit, held_bytes, self._core, self._common(take))
+            return Shares(self._limit, held_bytes, self._core, self._common(take), self._done)
+
+    def _done(self) -> None:
+        with self._changed:
+            self._writes -= 1
 
     def _common(self, take: object) -> Common:
         found = self._takes.setdefault(take, Common())

@@ -16,6 +16,7 @@ from everstep.errors import EverstepError, NotFound, Unavailable
 from everstep.events import Returned, Sink, Warned
 from everstep.format.layout import Layout
 from everstep.keeper.arena import Arena
+from everstep.store.base import Store
 
 ARENAS = 2
 """One is filled while the other is stored."""
@@ -318,6 +319,10 @@ class Keeper(Protocol):
         """What lies in arenas since an earlier process of this run and rank, newest first. Blocks until the
         keeper has made durable (or failed to) all that the earlier process had handed over; of a run of
         another number of ranks, all that any of them had."""
+
+    def reading(self, store: Store) -> Store:
+        """The chain's store to restore from, between `held` and `begin`: what several ranks of this machine
+        read of its packs is read once. From several threads. Digests are to be verified, as ever."""
 
     def begin(self, terms: Terms) -> None:
         """Work for this run from now on. What `held` gave is not to be used any more. Does not block."""

@@ -24,6 +24,7 @@ from everstep.keeper.base import ARENAS, Followed, Held, Job, Outcome, Terms
 from everstep.keeper.keeping import since_ms
 from everstep.keeper.places import address, environment, environments, living_places, places
 from everstep.keeper.protocol import Connection, Identify, Message, Status
+from everstep.keeper.reading import Range, SharedReads
 from everstep.keeper.start import Link, Starter
 from everstep.store.base import Store
 
@@ -35,6 +36,8 @@ MOMENTS_S = 1.0
 
 LEAVE_S = 60.0
 ASK_S = 5.0
+FETCH_S = 60.0
+"""What the keeper has not read by then is read from the store; it may be slow for all."""
 
 
 @dataclass(eq=False)
@@ -143,6 +146,9 @@ class ProcessKeeper:
         self._failures = 0
         self._numbers = 0
         self._wanted_bytes = 0
+        self._reads: set[int] = set()
+        """Asked for, and not answered."""
+        self._got: dict[int, Arena] = {}
         self._making: dict[int, int] = {}
         self._lent: dict[Arena, _Lent] = {}
         self._free: deque[_Lent] = deque()
@@ -186,6 +192,26 @@ class ProcessKeeper:
             if self._link is not None and self._settled:
                 self._hand_over(self._link)
             self._need()
+
+    def reading(self, store: Store) -> Store:
+        if self._ranks == 1:
+            return store
+        return SharedReads(store, self._fetch)
+
+    def _fetch(self, wanted: Range) -> Arena | None:
+        """From several threads at once."""
+        with self._changed:
+            link = self._link
+            if link is None or not self._settled or self._terms is not None:
+                return None
+            number = self._number()
+            self._reads.add(number)
+            link.connection.send(protocol.Read(number, wanted.key, wanted.start, wanted.size_bytes))
+            if link.connection.unsent_bytes:
+                self._wake()
+            self._changed.wait_for(lambda: number not in self._reads or self._link is not link, FETCH_S)
+            self._reads.discard(number)
+            return self._got.pop(number, None)
 
     # -- memory ---------------------------------------------------------------------------------------------
 
@@ -447,6 +473,7 @@ class ProcessKeeper:
         finally:
             with self._changed:
                 self._link = None
+                self._changed.notify_all()
         return False
 
     def _may_leave(self) -> bool:
@@ -531,6 +558,8 @@ class ProcessKeeper:
         match message:
             case protocol.Settled():
                 self._settle(link, message, descriptors)
+            case protocol.Got():
+                self._get(message.number, descriptors)
             case protocol.Lent():
                 self._take(message.arena, descriptors.pop())
             case protocol.Done():
@@ -586,6 +615,16 @@ class ProcessKeeper:
             self._changed.notify_all()
         for _, arena in held:
             arena.close()
+
+    def _get(self, number: int, descriptors: list[int]) -> None:
+        arena = Arena.mapped(descriptors.pop()) if descriptors else None
+        with self._changed:
+            if number in self._reads and arena is not None:
+                self._got[number], arena = arena, None
+            self._reads.discard(number)
+            self._changed.notify_all()
+        if arena is not None:
+            arena.close()  # Who asked has not waited for it.
 
     def _take(self, number: int, descriptor: int) -> None:
         try:

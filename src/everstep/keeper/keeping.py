@@ -164,8 +164,6 @@ class Keeping:
         self.chain = chain
         self._terms = terms
         self._siblings = siblings
-        if siblings is not None:
-            siblings.enter()
         self._warn = warn
         self._following = following
         self._scrubbing = scrubbing
@@ -179,6 +177,8 @@ class Keeping:
         self._joining = Joining(chain, terms.ranks, terms.deadline_s)
         if terms.part or (terms.parent and not terms.fresh):
             self._build_on(terms.parent)
+        if siblings is not None:
+            siblings.enter()
 
     def _build_on(self, snapshot: str) -> None:
         """The run has just restored it, so its chunks are good. Or this rank has stored a part meanwhile."""

@@ -43,6 +43,8 @@ from everstep.format.manifest import (
 from everstep.format.record import Origin, SnapshotRecord
 from everstep.keeper.arena import MAX_ARENA_BYTES
 from everstep.keeper.base import DEADLINE_S, Followed, Job, Outcome, Terms
+from everstep.keeper.reading import LARGEST_BYTES
+from everstep.store.base import MAX_KEY_CHARACTERS
 from everstep.version import __version__
 
 PROTOCOL = 5
@@ -169,6 +171,15 @@ class Settle(Message, tag="settle", frozen=True):
 
     def __post_init__(self) -> None:
         _refuse_rank(self.rank, self.ranks)
+
+
+class Read(Message, tag="read", frozen=True):
+    """Give me these bytes of an object, as you may have given them to another rank: `reading.Range`."""
+
+    number: Number
+    key: Annotated[str, msgspec.Meta(max_length=MAX_KEY_CHARACTERS)]
+    start: Number
+    size_bytes: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_BYTES)]
 
 
 class Begin(Message, tag="begin", frozen=True):
@@ -340,6 +351,16 @@ class Settled(Message, tag="settled", frozen=True):
         return len(self.parts) + (1 if self.snapshot else 0)
 
 
+class Got(Message, tag="got", frozen=True):
+    """What was to be read, in memory that comes with this; or it is not there, and cannot be read here."""
+
+    number: Number
+    found: bool
+
+    def descriptors(self) -> int:
+        return 1 if self.found else 0
+
+
 class Problem(msgspec.Struct, frozen=True):
     """An error, to be raised on the other side. `kind` is "" for what is none of the seven."""
 
@@ -490,10 +511,22 @@ class Stands(Message, tag="stands", frozen=True):
 
 ToKeeper: TypeAlias = (
     Hello | Leave | Ask
-    | Settle | Begin | Prepare | Bring | Discard | Submit | Fill | End | Drop | Tidy | Goodbye
+    | Settle | Read | Begin | Prepare | Bring | Discard | Submit | Fill | End | Drop | Tidy | Goodbye
 )  # fmt: skip
 ToTrainer: TypeAlias = (
-    Welcome | Status | Busy | Settled | Refused | Lent | NoMemory | Freed | Done | Tidied | Warned | Stands
+    Welcome
+    | Status
+    | Busy
+    | Settled
+    | Got
+    | Refused
+    | Lent
+    | NoMemory
+    | Freed
+    | Done
+    | Tidied
+    | Warned
+    | Stands
 )
 
 Received = TypeVar("Received", bound=Message)

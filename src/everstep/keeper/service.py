@@ -30,6 +30,7 @@ from everstep.keeper import memory, protocol
 from everstep.keeper.following import Following
 from everstep.keeper.places import Lock, Place, sweep
 from everstep.keeper.protocol import Connection, Identify, Message
+from everstep.keeper.reading import Range, Reading
 from everstep.keeper.seat import Caller, Seat
 from everstep.keeper.start import LISTENING, TAKEN
 from everstep.keeper.work import Work
@@ -86,6 +87,7 @@ class Service:
         self._seats: dict[int, Seat] = {}
         """By rank: those that have a trainer, or something of one that is gone."""
         self._siblings = Siblings()
+        self._reading = Reading(chain.store)
         self._before: Following | None = None
         """What followed for an earlier run, and was stopped."""
         self._hurried = False
@@ -144,6 +146,9 @@ class Service:
         for caller in list(self._callers):
             self._watch_sending(caller)
         heirs = self._heirs()
+        if not heirs:
+            # All have restored what they wanted.
+            self._reading.forget()
         for seat in list(self._seats.values()):
             seat.look_around(self._hurried)
             if not seat.at_work and not seat.lingers() and not heirs:
@@ -167,6 +172,7 @@ class Service:
         self._listener.close()
         for caller in list(self._callers):
             self._part(caller)
+        self._reading.close()
         for seat in self._seats.values():
             following = seat.close()
             if following is not None:
@@ -301,6 +307,9 @@ class Service:
             case protocol.Settle():
                 self._settle(caller, message)
                 return
+            case protocol.Read():
+                self._read(caller, message)
+                return
             case protocol.Begin():
                 self._begin(caller, message)
                 return
@@ -357,6 +366,19 @@ class Service:
         if any(seat.at_work for seat in before):
             steps = [step for seat in before if (step := seat.work.next_step)]
             caller.tell(protocol.Busy(min(steps, default=0)))
+
+    def _read(self, caller: Caller, message: protocol.Read) -> None:
+        wanted = Range(message.key, message.start, message.size_bytes)
+        if not caller.heir or not wanted.shareable:
+            raise Damaged(f"process {caller.pid} is not one to read {message.key[:80]!r} for")
+        self._reading.ask(wanted, partial(self._give, caller, message.number))
+
+    def _give(self, caller: Caller, number: int, descriptor: int | None) -> None:
+        """From any thread."""
+        descriptors = () if descriptor is None else (descriptor,)
+        caller.connection.send(protocol.Got(number, descriptor is not None), descriptors)
+        if caller.connection.unsent_bytes:
+            self.wake()
 
     def _answer_settle(self, caller: Caller) -> None:
         caller.waits = False

@@ -56,6 +56,9 @@ class ThreadKeeper:
     def held(self) -> list[Held]:
         return []
 
+    def reading(self, store: Store) -> Store:
+        return store
+
     def begin(self, terms: Terms) -> None:
         if self._replicas and not terms.rank:
             targets = [Target(store.url, store) for store in self._replicas]
