@@ -10,18 +10,17 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import msgspec
 
 from everstep.chain.common import Common
 from everstep.chain.describing import Described
 from everstep.chain.doomed import Doomed
+from everstep.chain.earlier import Earlier
 from everstep.chain.encoding import Encoder, Encodings, Measured
 from everstep.chain.fence import fence_former
 from everstep.chain.history import MAIN, Chain, Snapshot, now
@@ -152,7 +151,7 @@ class Writer:
         self._first = True
         """Whether a former writer of the branch may not be fenced yet."""
         self._described: Described | None = None
-        self._earlier: deque[_Earlier] = deque(maxlen=MEMORIES)
+        self._earlier: deque[Earlier] = deque(maxlen=MEMORIES)
         self._stored: _Stored | None = None
         """The last part of `store_part`, without its memory."""
         self._dropped = False
@@ -359,7 +358,7 @@ class Writer:
         return Before(recent, here, there)
 
     def _remember(self, memory: memoryview, draft: Draft, manifest: Manifest) -> None:
-        earlier = _Earlier.of(memory, draft, manifest)
+        earlier = Earlier.of(memory, draft, manifest)
         if earlier is not None:
             self._earlier.append(earlier)
 
@@ -539,51 +538,6 @@ def _shares_pruned(facts: Facts) -> Unavailable:
         kept="those before it are intact",
         next="nothing: the next snapshot does without them",
     )
-
-
-@dataclass(frozen=True)
-class _Earlier:
-    """A state that was written, and the memory that it lay in, which may hold another by now or be no more:
-    it is not kept alive for this."""
-
-    layout: Layout
-    manifest: Manifest
-    digests: list[list[str]]
-    owner: weakref.ref[Any]
-    start: int
-
-    @classmethod
-    def of(cls, memory: memoryview, draft: Draft, manifest: Manifest) -> _Earlier | None:
-        try:
-            owner = weakref.ref(memory.obj)
-        except TypeError:
-            # A bytearray, say, of which nobody could tell whether it is still there.
-            return None
-        return cls(draft.layout, manifest, draft.digests, owner, _start(memory))
-
-    def is_at(self, memory: memoryview) -> bool:
-        return self.owner() is memory.obj and self.start == _start(memory)
-
-    def memory(self) -> memoryview | None:
-        """The memory, if it is still there."""
-        owner = self.owner()
-        try:
-            whole = None if owner is None else memoryview(owner).cast("B")
-        except ValueError:
-            # A mapping that was closed.
-            return None
-        end = self.start + self.layout.arena_bytes
-        return whole[self.start : end] if whole is not None and len(whole) >= end else None
-
-
-def _start(memory: memoryview) -> int:
-    """Where a view begins in the object that it is a view of."""
-    import numpy as np
-
-    whole = memoryview(memory.obj).cast("B")
-    if not len(memory):
-        return 0
-    return int(np.frombuffer(memory, np.uint8).ctypes.data - np.frombuffer(whole, np.uint8).ctypes.data)
 
 
 def _salted(manifest: Manifest) -> Manifest:
