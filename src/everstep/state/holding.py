@@ -90,8 +90,8 @@ class Holdings:
         watched: names of leaves by the ranks that hold their boxes together, where it has to be told whether
             the contents are still the same.
         parted: leaves that were the same on all ranks once and are not any more.
-        found: by which those are told apart that were found out at another time; empty before anything was, and
-            after a rank has not come.
+        found: by which those are told apart that were found out at another time; empty before anything was,
+            and after a rank has not come.
     """
 
     held: Mapping[str, Held] = field(default_factory=dict)

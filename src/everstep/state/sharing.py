@@ -348,8 +348,8 @@ def _group_id(holders: Holders) -> bytes:
 
 def have_parted(samples: Sequence[bytes]) -> bool:
     """Whether what ranks held alike is not alike any more, or some have found out anew who holds what and
-    others not: given the samples of all, taken at one step. Then no snapshot may be made of their parts, and all
-    have to find out anew."""
+    others not: given the samples of all, taken at one step. Then no snapshot may be made of their parts, and
+    all have to find out anew."""
     known: dict[bytes, bytes] = {}
     size = 2 * _DIGEST_BYTES
     for sample in samples:
