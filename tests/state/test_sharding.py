@@ -243,7 +243,7 @@ def test_a_mesh_of_some_ranks_only() -> None:
 
 
 def test_columns_of_rows_are_read_in_bounded_stages() -> None:
-    """Rows stored, columns wanted: each chunk is read about once, and never more at once than a stage holds."""
+    """Rows stored, columns wanted: each chunk is read about once, and no more at once than a stage holds."""
     one = torch.arange(128 * 64, dtype=torch.int32).view(128, 64)
     rows = [{"model": Holder({"w": sharded(one, mesh_of((4,)), (Shard(0),), rank)})} for rank in range(4)]
     parts = Ranks(rows).stored()
