@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from everstep.errors import Damaged, EverstepError, Mismatch, NotFound, Unsupported
-from everstep.format.joining import merge
 from everstep.format.manifest import CONFIG, OBJECTS, OWN, RUN, Manifest
 from everstep.format.values import Leaf, Value
 from everstep.state import leaves, rng
@@ -138,8 +137,9 @@ class _Restoration:
         """Whether the snapshot is of another number of ranks than there are now."""
 
         self.whole: dict[str, Value] = _part(manifest.tree, OBJECTS)
-        self.own: dict[str, Value] = self.whole if part is None else _part(part.tree, OBJECTS)
-        self.run_part: dict[str, Value] = _part((part or manifest).tree, RUN)
+        own = manifest if part is None or manifest.ranks == 1 else part
+        self.own: dict[str, Value] = _part(own.tree, OBJECTS)
+        self.run_part: dict[str, Value] = _part(own.tree, RUN)
         self.saved: dict[str, Value] = dict(self.whole)
         self.approximate: list[str] = []
         self.destinations: Leaves = {}
@@ -177,10 +177,15 @@ class _Restoration:
         all, but what is neither a module's nor an optimizer's is the business of each rank."""
         if self.own is self.whole:
             return
-        for name in self.saved:
-            of_all = isinstance(objects.get(name), torch.nn.Module | torch.optim.Optimizer)
-            if name in self.own and not (self.moved and of_all):
-                self.saved[name] = merge([self.own[name], self.whole[name]])
+        for name, own in self.own.items():
+            value, whole = objects.get(name), self.whole[name]
+            if not isinstance(value, torch.nn.Module | torch.optim.Optimizer):
+                self.saved[name] = own
+            elif not self.moved and type(own) is type(whole) is dict:
+                # What only others had, too: stages may be cut elsewhere now.
+                self.saved[name] = {**whole, **own}
+                if isinstance(value, torch.optim.Optimizer):
+                    self.saved[name]["state"] = {**whole.get("state", {}), **own.get("state", {})}
 
     def _is_new_rank(self) -> bool:
         """Whether there was no rank of this number: what it has of another's would be drawn twice."""
