@@ -25,14 +25,14 @@ from everstep.errors import Damaged, Unsupported
 from everstep.format.manifest import OBJECTS, Manifest, StoredLeaf
 from everstep.format.values import Leaf, Scalar, Symbol, Value
 
-_STORAGES = {
+STORAGES = {
     "bool": "Bool", "uint8": "Byte", "int8": "Char", "int16": "Short", "int32": "Int", "int64": "Long",
     "float16": "Half", "bfloat16": "BFloat16", "float32": "Float", "float64": "Double",
     "complex64": "ComplexFloat", "complex128": "ComplexDouble",
 }  # fmt: skip
 """The dtypes that have a storage class of their own, and its name without `Storage`."""
 
-_NEWER = frozenset({
+NEWER = frozenset({
     "uint16", "uint32", "uint64", "complex32",
     "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
 })  # fmt: skip
@@ -194,7 +194,7 @@ class _Acceptable:
         plain = value.value
         if value.kind == "torch.Size" and type(plain) is tuple and all(type(one) is int for one in plain):
             return value
-        if value.kind == "torch.dtype" and plain in (*_STORAGES, *_NEWER):
+        if value.kind == "torch.dtype" and plain in (*STORAGES, *NEWER):
             return value
         if value.kind == "torch.device" and type(plain) is str and _DEVICE.fullmatch(plain):
             return value
@@ -231,7 +231,7 @@ def _torch_dtype(leaf: StoredLeaf) -> str | None:
     name = leaf.dtype
     if name.startswith("numpy:"):
         return _OF_NUMPY.get(name.removeprefix("numpy:"))
-    return name if name in _STORAGES or name in _NEWER else None
+    return name if name in STORAGES or name in NEWER else None
 
 
 # -- the pickle --------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ class _Pickle:
         self.tensors += 1
         dtype = _torch_dtype(leaf)
         assert dtype is not None, "only acceptable leaves come here"
-        typed = dtype in _STORAGES
+        typed = dtype in STORAGES
         self._global("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
         self._out += b"("
         self._storage(leaf, dtype)
@@ -345,8 +345,8 @@ class _Pickle:
             self.storages.append((key, leaf))
         self._out += b"("
         self.put("storage")
-        if dtype in _STORAGES:
-            self._global("torch", f"{_STORAGES[dtype]}Storage")
+        if dtype in STORAGES:
+            self._global("torch", f"{STORAGES[dtype]}Storage")
             count = math.prod(leaf.shape)
         else:
             self._global("torch.storage", "UntypedStorage")
