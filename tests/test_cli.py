@@ -905,7 +905,7 @@ def test_safetensors_load_into_the_model(trained, tmp_path):
 
 TORCH_DTYPES = [
     name
-    for name in (*torch_file._STORAGES, *sorted(torch_file._NEWER))
+    for name in (*torch_pickle.STORAGES, *sorted(torch_pickle.NEWER))
     if isinstance(getattr(torch, name, None), torch.dtype)
 ]
 
@@ -933,7 +933,7 @@ def test_every_dtype_that_a_chain_can_hold_is_known_to_the_torch_format():
             item_bytes(name)
         except errors.Unsupported:
             continue
-        assert name in torch_file._STORAGES or name in torch_file._NEWER, name
+        assert name in torch_pickle.STORAGES or name in torch_pickle.NEWER, name
 
 
 PLAIN = {

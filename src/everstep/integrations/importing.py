@@ -131,8 +131,24 @@ def import_(
         Mismatch: the branch is at a later step.
         Conflict: somebody is writing to the branch.
     """
+    return take(
+        chain, path, read(path), objects=objects, step=step, branch=branch, note=note, on_progress=on_progress
+    )
+
+
+def take(
+    chain: Chain,
+    path: Path,
+    found: Checkpoint,
+    *,
+    objects: Mapping[str, str] | None = None,
+    step: int | None = None,
+    branch: str = MAIN,
+    note: str = "",
+    on_progress: OnProgress = lambda done, total: None,
+) -> Imported:
+    """`import_`, of what `read` has found at `path`."""
     keys.checked(branch, "branch")
-    found = read(path)
     state = _State(found, path)
     tree = state.take(dict(objects or {}))
     at = state.step() if step is None else step

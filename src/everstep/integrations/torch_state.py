@@ -15,14 +15,14 @@ from typing import Any
 from everstep.errors import Damaged
 from everstep.format.layout import item_bytes
 from everstep.format.values import FACTORIES, MAX_DEPTH, Scalar, Symbol
-from everstep.integrations import torch_file
+from everstep.integrations import torch_pickle
 from everstep.integrations.checkpoint import Alien, Source, Tensor, check_shape, contiguous, refused
 from everstep.integrations.pickles import PERSISTENT, Global, Made
 
-DTYPES = frozenset({*torch_file.STORAGES, *torch_file.NEWER})
+DTYPES = frozenset({*torch_pickle.STORAGES, *torch_pickle.NEWER})
 """torch's dtypes that leaves have."""
 
-_STORAGES = {f"torch.{prefix}Storage": dtype for dtype, prefix in torch_file.STORAGES.items()}
+_STORAGES = {f"torch.{prefix}Storage": dtype for dtype, prefix in torch_pickle.STORAGES.items()}
 _UNTYPED = ("torch.storage.UntypedStorage", "torch.UntypedStorage")
 
 _OTHER_TENSORS = {

@@ -18,6 +18,7 @@ from everstep.errors import Damaged, EverstepError, Mismatch, NotFound
 from everstep.format.manifest import CONFIG, OBJECTS, RUN, Manifest
 from everstep.format.values import Leaf, Value
 from everstep.state import leaves, rng
+from everstep.state.collecting import memory
 from everstep.state.leaves import Fill, stored_leaf
 from everstep.state.objects import is_container, is_stateful, module_key, optimizer_parameters, trained
 from everstep.state.tree import Leaves, Tensorlike, dtype_name, flatten, join, leaf_names, unflatten
@@ -232,7 +233,12 @@ class _Restoration:
         live = {leaf: one for leaf, one in _live_leaves(name, module).items() if self._wants(leaf)}
         saved = [leaf for leaf in leaf_names(self.saved[name]) if self._wants(leaf)]
         fix = "build the model that the snapshot was taken of"
-        self._lacks("the snapshot has no leaf {}", [leaf for leaf in live if leaf not in set(saved)], fix)
+        there = set(saved)
+        # What shares its memory with a leaf that is there comes back with it (tied weights): not all who
+        # write states write both names.
+        held = {memory(live[leaf]) for leaf in saved if leaf in live}
+        missing = [leaf for leaf in live if leaf not in there and memory(live[leaf]) not in held - {None}]
+        self._lacks("the snapshot has no leaf {}", missing, fix)
         self._lacks(
             "the snapshot holds {}, which the model has not",
             [leaf for leaf in saved if leaf not in live],
