@@ -214,12 +214,9 @@ def _legacy(file: BinaryIO, path: Path, size_bytes: int) -> tuple[Any, list[str]
     """Pickles of a magic number, a version, the machine, the object and the storages' keys; then, of each
     storage, the number of its elements and these."""
     what = path.name
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
-        data = memoryview(memory)
-        try:
-            parts, at = _in_a_row(data, what)
-        finally:
-            data.release()
+    # Not closed here: what an error holds may still look into it.
+    memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    parts, at = _in_a_row(memoryview(memory), what)
     version, machine, value, storage_keys = parts
     if version != 1001 or type(machine) is not dict or type(storage_keys) is not list:
         raise refused(what, "is no file that torch.save writes")

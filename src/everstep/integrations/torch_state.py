@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import sys
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -58,17 +59,22 @@ _ALLOWED = frozenset({
     *_ARRAYS, *_SCALARS, *_BUFFERS,
 })  # fmt: skip
 
-_OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg", "torch.tensor": "torch._tensor"}
-
-_CLOSED = frozenset({*sys.stdlib_module_names, "torch", "numpy", "nt", "posix", "__builtin__", "copy_reg"})
+_CLOSED = frozenset({*sys.stdlib_module_names, "torch", "numpy", "nt", "posix"})
 """Packages of which nothing may be named but what is known: who writes a pickle to have something run asks
 for what everybody has. A class of any other package is only a name here, which matters if it is wanted."""
 
 
 def allows(module: str, name: str) -> bool:
     """Whether a pickle may name this at all. (What it names is not looked up, let alone called.)"""
-    known = f"{_OLD_NAMES.get(module, module)}.{name}" in _ALLOWED
-    return known or (module.partition(".")[0] not in _CLOSED and "." not in name)
+    full = _today(module, name)
+    return full in _ALLOWED or (full.partition(".")[0] not in _CLOSED and "." not in name)
+
+
+def _today(module: str, name: str) -> str:
+    """The full name of what older pickles, and those of protocol 2, know by the names of Python 2."""
+    if (module, name) in NAME_MAPPING:
+        return ".".join(NAME_MAPPING[module, name])
+    return f"{IMPORT_MAPPING.get(module, module)}.{name}"
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,8 @@ class Meaning:
         }
 
     def _made(self, made: Made, path: str, depth: int) -> Any:
-        name = _new_name(made.name)
+        module, _, last = made.name.rpartition(".")
+        name = _today(module, last)
         if name.startswith("torch._utils._rebuild") or name == "torch._tensor._rebuild_from_type_v2":
             return self._tensor(made, path)
         if name in _ARRAYS | _BUFFERS:
@@ -179,7 +186,7 @@ class Meaning:
     # -- tensors ------------------------------------------------------------------------------------------
 
     def _tensor(self, made: Made, path: str) -> Any:
-        name = _new_name(made.name).removeprefix("torch._utils.")
+        name = made.name.removeprefix("torch._utils.")
         if made.name in _OTHER_TENSORS:
             raise refused(
                 f"{self.what} holds at {path or 'its top'}",
@@ -251,11 +258,6 @@ def _size(value: Any) -> tuple[int, ...]:
 
 
 # -- the rest -----------------------------------------------------------------------------------------------
-
-
-def _new_name(name: str) -> str:
-    module, _, last = name.rpartition(".")
-    return f"{_OLD_NAMES.get(module, module)}.{last}"
 
 
 def _numpy_dtype(made: Any) -> str:
