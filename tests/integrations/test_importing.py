@@ -25,6 +25,7 @@ from everstep.chain.lease import Lease
 from everstep.integrations import dcp_reading, importing
 from everstep.store.local import LocalStore
 from everstep.testing.crash import RecordingFiles, build, states
+from everstep.testing.damage import damage
 from integrations.checkpoints import Tied, chain, same, save_dcp, save_hf, trained
 
 SOURCE = str(Path(__file__).resolve().parents[2] / "src")
@@ -484,6 +485,16 @@ def test_what_the_head_has_is_not_stored_again(tmp_path: Path) -> None:
     assert second.record.parents == (first.id,)
     assert second.record.trigger == "import"
     assert second.record.note == "imported from 2.pt"
+
+
+def test_nothing_is_shared_with_what_is_damaged(tmp_path: Path) -> None:
+    torch.save({"model": {"big": torch.randn(500_000)}, "step": 1}, tmp_path / "1.pt")
+    c = chain(tmp_path / "c")
+    first = c.import_(tmp_path / "1.pt").snapshot
+    damage(max((tmp_path / "c/packs").rglob("*"), key=lambda one: one.stat().st_size))
+    second = c.import_(tmp_path / "1.pt", step=2).snapshot
+    assert second.record.new_bytes == first.record.new_bytes
+    assert same(c.load("head").state("model"), torch.load(tmp_path / "1.pt")["model"])
 
 
 def test_states_larger_than_a_wave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

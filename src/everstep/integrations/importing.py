@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from everstep.chain.export import OnProgress
+from everstep.chain.export import WINDOW_BYTES, OnProgress
 from everstep.chain.history import MAIN, Chain, Snapshot
 from everstep.chain.lease import Lease, refuse_unreleased
+from everstep.chain.reader import Reader, Target
 from everstep.chain.writer import Captured, Facts, Wave, Writer
 from everstep.errors import Conflict, Damaged, Mismatch, NotFound
 from everstep.format import keys, values
 from everstep.format.layout import Layout, Slice, lay_out
-from everstep.format.manifest import FILES, MAX_NAME_CHARACTERS, OBJECTS, RUN
+from everstep.format.manifest import FILES, MAX_NAME_CHARACTERS, OBJECTS, RUN, Manifest
 from everstep.format.naming import join
 from everstep.format.values import MAX_NODES, Leaf
 from everstep.integrations import dcp_reading, hf_reading, safetensors_reading, torch_reading
@@ -113,9 +114,9 @@ def import_(
 ) -> Imported:
     """Make a snapshot of what is at `path`, as the head of a branch. Blocks; durable on return.
 
-    Chunks that the branch's head has are not stored again. Memory stays at `WAVE_BYTES` and what the writer
-    takes, however large the state is; what lies in the files in another order than a tensor's own is mapped
-    while it is copied.
+    Chunks that the branch's head has are not stored again; it is read for that. Memory stays at `WAVE_BYTES`
+    and what the writer takes, however large the state is; what lies in the files in another order than a
+    tensor's own is mapped while it is copied.
 
     Args:
         objects: what to take, by the name it is to have: a key, or keys with dots between them, in what was
@@ -188,11 +189,30 @@ def _write(chain: Chain, branch: str, head: Snapshot | None, captured: Captured,
     lease = Lease.take(chain.store, branch)
     try:
         writer = Writer(chain, lease, branch, head.id if head else "")
-        if head is not None and len(head.record.manifests) == 1:
-            writer.build_on(chain.manifest(head))
+        shared = _known_good(chain, head) if head is not None else None
+        if shared is not None:
+            writer.build_on(shared)
         return writer.write(captured, facts)
     finally:
         lease.release()
+
+
+def _known_good(chain: Chain, head: Snapshot) -> Manifest | None:
+    """The manifest of a snapshot, if its chunks may be shared. They are read for that: one that has rotted
+    would make a damaged snapshot of a whole file."""
+    if len(head.record.manifests) != 1:
+        return None
+    try:
+        manifest = chain.manifest(head)
+        reader = Reader(chain.store)
+        window = memoryview(mmap.mmap(-1, WINDOW_BYTES))
+        for number, region in enumerate(manifest.regions):
+            for start in range(0, region.size_bytes, WINDOW_BYTES):
+                size = min(region.size_bytes - start, WINDOW_BYTES)
+                reader.fill(manifest, [Target(number, start, window[:size])])
+    except (Damaged, NotFound):
+        return None
+    return None if reader.got_round else manifest
 
 
 # -- what is taken ------------------------------------------------------------------------------------------

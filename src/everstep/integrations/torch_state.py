@@ -15,7 +15,7 @@ from typing import Any
 
 from everstep.errors import Damaged
 from everstep.format.layout import item_bytes
-from everstep.format.values import FACTORIES, MAX_DEPTH, Scalar, Symbol
+from everstep.format.values import FACTORIES, MAX_DEPTH, MAX_SAME_HASH, Scalar, Symbol
 from everstep.integrations import torch_pickle
 from everstep.integrations.checkpoint import Alien, Source, Tensor, check_shape, contiguous, refused
 from everstep.integrations.pickles import PERSISTENT, Global, Made
@@ -139,6 +139,8 @@ class Meaning:
     def items(self, made: Made, path: str, depth: int) -> list[Any]:
         """Those of a set, which comes as a call with a list."""
         found: list[Any] = self.of(list(made.args[0]), path, depth + 1)
+        if max(Counter(map(hash, found)).values(), default=0) > MAX_SAME_HASH:
+            raise ValueError("its items have all one hash")
         return found
 
     def _pairs(self, pairs: Mapping[Any, Any], path: str, depth: int) -> dict[Any, Any]:
@@ -175,7 +177,9 @@ class Meaning:
         if name == "collections.defaultdict":
             factory = first.name.rpartition(".")[2] if type(first) is Global else ""
             return defaultdict(FACTORIES[factory], self._pairs(made.pairs or {}, path, depth))
-        pairs = dict(first) if type(first) in (dict, list) else {}
+        pairs = first if type(first) is dict else {}
+        if type(first) is list:  # As Python 2 pickled it.
+            pairs = {str(key): value for key, value in first}
         held = self._pairs({**pairs, **(made.pairs or {})}, path, depth)
         if name == "collections.Counter":
             return Counter(held)
