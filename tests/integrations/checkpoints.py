@@ -70,6 +70,15 @@ def chain(path: Path) -> everstep.Chain:
     return everstep.Chain.create(path)  # type: ignore[return-value]
 
 
+def flip_a_bit(root: Path) -> None:
+    """Of a chunk in the largest pack of a chain."""
+    packs = [one for one in (root / "packs").rglob("*") if one.is_file()]
+    path = max(packs, key=lambda one: one.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+
+
 def save_dcp(path: Path, state: dict[str, Any]) -> None:
     dcp.save(state, checkpoint_id=path, no_dist=True)
 

@@ -160,8 +160,8 @@ def take(
             kept="nothing was imported",
             next="--branch NAME, for a branch of its own, or --step N",
         )
-    layout = lay_out(state.slices())
     encoded = values.encode({OBJECTS: tree, RUN: state.run_part(at)})
+    layout = lay_out(state.slices())  # All leaves are known now, those of generators too.
     facts = Facts(
         step=at,
         epoch=found.epoch,

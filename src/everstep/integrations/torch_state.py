@@ -47,6 +47,10 @@ _ALLOWED = frozenset({
     "builtins.str", "builtins.object", "_codecs.encode", "copyreg._reconstructor",
     "torch.Size", "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter",
     "torch.serialization._get_layout", "torch.torch_version.TorchVersion",
+    *(f"torch.{kind}Storage" for kind in ("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4")),
+    *(f"torch.{name}" for name in (
+        "per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric",
+        "per_channel_affine_float_qparams")),
     "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3",
     "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state",
     "torch._tensor._rebuild_from_type_v2",
@@ -280,6 +284,7 @@ def _numpy_dtype(made: Any) -> str:
         raise ValueError("a numpy dtype with subarrays")
     if code[0] in "mM" and len(made.state or ()) > 8:
         unit, count = made.state[8][1][:2]
+        unit = unit.args[0] if type(unit) is Made else unit  # Bytes, as protocol 2 has them.
         unit = str(unit, "ascii") if type(unit) is bytes else unit
         dtype += f"[{'' if count == 1 else count}{unit}]" if unit != "generic" else ""
     item_bytes(f"numpy:{dtype}")
