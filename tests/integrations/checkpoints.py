@@ -7,6 +7,7 @@ import json
 import pickle
 import random
 import shutil
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,9 @@ def flip_a_bit(root: Path) -> None:
 
 
 def save_dcp(path: Path, state: dict[str, Any]) -> None:
-    dcp.save(state, checkpoint_id=path, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # That there is one process.
+        dcp.save(state, checkpoint_id=path, no_dist=True)
 
 
 def save_hf(path: Path, *, trainer: bool = True, sharded: bool = False) -> tuple[Tied, Any, Any]:

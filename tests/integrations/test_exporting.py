@@ -26,7 +26,7 @@ from everstep import cli, errors
 from everstep.chain.export import Pieces
 from everstep.integrations import casting, dcp_writing
 from integrations.checkpoints import Tied, chain, flip_a_bit, same, save_hf, trained
-from integrations.test_importing import SOURCE, free_port, told
+from integrations.test_importing import SOURCE, told
 
 
 @pytest.fixture
@@ -106,56 +106,6 @@ def test_large_tensors_are_cut_and_files_too(tmp_path: Path, monkeypatch: pytest
     back = chain(tmp_path / "back").import_(tmp_path / "d")
     assert same(everstep.load(tmp_path / "back").state("model"), state)
     assert back.snapshot.record.state == everstep.Chain(tmp_path / "c").find("head").record.state
-
-
-RANKS = """
-import os, sys
-import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-
-def work(rank, port, place, whole):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    model = nn.Sequential(nn.Linear(5, 9), nn.Linear(9, 3))
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    optimizer = torch.optim.AdamW(model.parameters())
-    of_model, of_optimizer = get_state_dict(model, optimizer)
-    dcp.load({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=place)
-    expected = torch.load(whole, weights_only=True)
-    for name, one in of_model.items():
-        assert torch.equal(one.full_tensor(), expected["model"][name]), name
-    for number, name in enumerate(of_model):
-        for key in ("exp_avg", "exp_avg_sq"):
-            ours, theirs = of_optimizer["state"][name][key], expected["optimizer"]["state"][number][key]
-            assert torch.equal(ours.full_tensor(), theirs), (name, key)
-    assert of_optimizer["param_groups"][0]["lr"] == 0.25
-    dist.destroy_process_group()
-
-if __name__ == "__main__":
-    torch.multiprocessing.spawn(work, args=tuple(sys.argv[1:]), nprocs=2)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.process
-def test_stock_dcp_loads_it_on_two_ranks(tmp_path: Path) -> None:
-    torch.manual_seed(2)
-    model = nn.Sequential(nn.Linear(5, 9), nn.Linear(9, 3))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
-    model(torch.randn(4, 5)).square().mean().backward()
-    optimizer.step()
-    with everstep.open(tmp_path / "c", model=model, optimizer=optimizer, every=None) as run:
-        run.tick()
-    assert export(tmp_path / "c", tmp_path / "d", "--format", "dcp") == 0
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "whole.pt")
-    (tmp_path / "ranks.py").write_text(RANKS)
-    script = str(tmp_path / "ranks.py")
-    command = [sys.executable, script, free_port(), str(tmp_path / "d"), str(tmp_path / "whole.pt")]
-    done = subprocess.run(command, timeout=120, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 # -- Hugging Face -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import nn
 import everstep
 from everstep import cli, errors
 from everstep.chain.lease import Lease
-from everstep.integrations import dcp_reading, importing
+from everstep.integrations import importing
 from everstep.store.local import LocalStore
 from everstep.testing.crash import RecordingFiles, build, states
 from integrations.checkpoints import Tied, chain, flip_a_bit, same, save_dcp, save_hf, trained
@@ -216,13 +217,16 @@ def test_records_without_checksums_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensor", "what"),
     [
-        (torch.ones(3).to_sparse(), "a sparse tensor"),
-        (torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "a quantized tensor"),
-        (torch.ones(3, device="meta"), "a tensor without data"),
+        (lambda: torch.ones(3).to_sparse(), "a sparse tensor"),
+        (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "a quantized tensor"),
+        (lambda: torch.ones(3, device="meta"), "a tensor without data"),
     ],
 )
-def test_tensors_that_a_chain_cannot_hold(tmp_path: Path, tensor: torch.Tensor, what: str) -> None:
-    torch.save({"model": {"odd": tensor}}, tmp_path / "x.pt")
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_tensors_that_a_chain_cannot_hold(
+    tmp_path: Path, tensor: Callable[[], torch.Tensor], what: str
+) -> None:
+    torch.save({"model": {"odd": tensor()}}, tmp_path / "x.pt")
     with pytest.raises(errors.Unsupported, match=f"model.odd {what}"):
         importing.read(tmp_path / "x.pt")
 
@@ -352,59 +356,6 @@ def test_dcp_in_other_formats_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "alone/__0.metadata").write_bytes(b"")
     with pytest.raises(errors.Unsupported, match="without collectives"):
         importing.read(tmp_path / "alone")
-
-
-RANKS = """
-import os, sys
-import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-def work(rank, port, out):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    base = torch.arange(7 * 6, dtype=torch.float32).reshape(7, 6)
-    state = {
-        "rows": distribute_tensor(base, mesh, [Shard(0)]),
-        "columns": distribute_tensor(base * 2, mesh, [Shard(1)]),
-        "whole": distribute_tensor(base * 3, mesh, [Replicate()]),
-        "plain": base * 4,
-        "step": 6,
-    }
-    dcp.save(state, checkpoint_id=out)
-    dist.destroy_process_group()
-
-if __name__ == "__main__":
-    torch.multiprocessing.spawn(work, args=tuple(sys.argv[1:]), nprocs=2)
-"""
-
-
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return str(one.getsockname()[1])
-
-
-@pytest.mark.slow
-@pytest.mark.process
-def test_dcp_of_two_processes_is_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "ranks.py").write_text(RANKS)
-    command = [sys.executable, str(tmp_path / "ranks.py"), free_port(), str(tmp_path / "d")]
-    subprocess.run(command, check=True, timeout=120, capture_output=True)
-    assert len(list((tmp_path / "d").glob("*.distcp"))) == 2
-    monkeypatch.setattr(dcp_reading, "_OPEN_FILES", 1)
-    c = chain(tmp_path / "c")
-    c.import_(tmp_path / "d")
-    base = torch.arange(7 * 6, dtype=torch.float32).reshape(7, 6)
-    loaded = c.load()
-    for name, factor in (("rows", 1), ("columns", 2), ("whole", 3), ("plain", 4)):
-        assert torch.equal(loaded[name], base * factor)  # type: ignore[arg-type]
-    next((tmp_path / "d").glob("__1*")).unlink()
-    with pytest.raises(errors.Damaged, match=r"__1_0\.distcp"):
-        importing.read(tmp_path / "d")
 
 
 # -- Hugging Face -------------------------------------------------------------------------------------------
@@ -604,10 +555,8 @@ def test_no_torch_is_needed(tmp_path: Path) -> None:
 
 MAKE_LARGE = """
 import sys, torch
-import torch.distributed.checkpoint as dcp
-state = {f"t{n}": torch.randn(25_000_000 // 4) for n in range(16)}
-torch.save(state, sys.argv[1] + "/torch")
-dcp.save({"model": state}, checkpoint_id=sys.argv[1] + "/dcp", no_dist=True)
+state = {f"t{n}": torch.randn(25_000_000 // 4) for n in range(8)}
+torch.save({"model": state}, sys.argv[1] + "/torch")
 """
 IMPORT_LARGE = """
 import sys
@@ -616,6 +565,7 @@ from everstep import cli
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 import numpy, everstep.integrations.importing, everstep.integrations.exporting
+everstep.integrations.importing.WAVE_BYTES = 16 * 1024 * 1024
 before = peak()
 assert cli.main(sys.argv[1:]) == 0
 print(peak() - before)
@@ -633,9 +583,8 @@ def test_importing_takes_little_memory_whatever_the_size(tmp_path: Path) -> None
         done = subprocess.run(command, env=env, check=True, timeout=300, capture_output=True, text=True)
         return int(done.stdout.splitlines()[-1])
 
-    for kind in ("torch", "dcp"):
-        assert 0 < grown("import", str(tmp_path / kind), "--branch", kind) < 300_000_000, kind
+    assert 0 < grown("import", str(tmp_path / "torch")) < 120_000_000
     for format, more in (("dcp", ()), ("hf", ("--dtype", "bf16"))):
         out = str(tmp_path / f"out-{format}")
-        found = grown("export", "head", out, "--branch", "dcp", "--format", format, *more)
-        assert 0 < found < 150_000_000, format
+        found = grown("export", "head", out, "--format", format, *more)
+        assert 0 < found < 120_000_000, format
