@@ -38,7 +38,7 @@ from everstep.format.chunk import Encoding
 from everstep.format.layout import Slice, item_bytes, lay_out
 from everstep.format.record import StepRecord, TagRecord, seal
 from everstep.format.values import Leaf, Symbol
-from everstep.integrations import safetensors_file, torch_file
+from everstep.integrations import safetensors_file, torch_file, torch_pickle
 from everstep.state.capture import Capturer
 from everstep.state.collecting import Collector
 from everstep.state.objects import named

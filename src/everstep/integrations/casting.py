@@ -4,11 +4,12 @@ does it. Needs no torch.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from everstep.errors import Mismatch
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 """What is converted; all else stays as it is."""
@@ -33,6 +34,8 @@ def cast(data: memoryview, of: str, to: str) -> tuple[memoryview, int]:
     """Elements of dtype `of` as those of dtype `to`, and how many became infinite that were not."""
     if of == to:
         return data, 0
+    import numpy as np  # Who converts nothing needs none.
+
     wide = _widened(data, of)
     with np.errstate(over="ignore"):
         narrow = _rounded(wide) if to == "bfloat16" else wide.astype(_NUMPY[to])
@@ -45,6 +48,8 @@ def cast(data: memoryview, of: str, to: str) -> tuple[memoryview, int]:
 
 def _widened(data: memoryview, of: str) -> _Array:
     """As float32 or float64, exactly."""
+    import numpy as np
+
     if of == "bfloat16":
         return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
     return np.frombuffer(data, _NUMPY[of])
@@ -52,6 +57,8 @@ def _widened(data: memoryview, of: str) -> _Array:
 
 def _rounded(wide: _Array) -> _Array:
     """To bfloat16: the upper half of a float32, with the lower half rounded into it."""
+    import numpy as np
+
     single = wide.astype("<f4")
     bits: _Array = single.view("<u4")
     rounded: _Array = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype("<u2")
