@@ -487,7 +487,9 @@ def test_a_step_that_nobody_says_and_one_that_is_too_early(
 def test_nothing_is_made_of_what_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").write_text("hello")
     (tmp_path / "empty").mkdir()
-    for name, said in (("none", "there is no"), ("text", "is neither"), ("empty", "is neither")):
+    os.mkfifo(tmp_path / "pipe")
+    names = {"none": "there is no", "text": "is neither", "empty": "is neither", "pipe": "is neither"}
+    for name, said in names.items():
         status, _, err = told(capsys, "-r", tmp_path / "c", "import", tmp_path / name)
         assert status == errors.NotFound.exit_code
         assert said in err

@@ -33,6 +33,8 @@ MAX_FILE_BYTES = 4 * 1024 * 1024
 MAX_FILES_BYTES = 16 * 1024 * 1024
 """Small files are kept with the snapshot, whose values they are part of: so much, and no more."""
 
+_MAX_METRICS = 1000
+
 _KEPT = (".json", ".txt", ".jinja", ".model")
 _NOT_KEPT = (".index.json",)
 
@@ -108,8 +110,10 @@ def _take_trainer_state(directory: Path, found: Checkpoint) -> None:
         found.epoch = int(state.get("epoch") or 0)
         for row in state.get("log_history") or ():
             for name, value in row.items():
-                if type(value) in (int, float) and name not in ("step", "epoch"):
+                if type(value) in (int, float) and name not in ("step", "epoch") and len(name) <= 100:
                     found.metrics[str(name)] = number(float(value))
+        if len(found.metrics) > _MAX_METRICS or not 0 <= found.epoch < 1 << 53:
+            raise ValueError(f"{len(found.metrics)} metrics, epoch {found.epoch}")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Damaged(
             f"{path} is none that the Trainer writes: {error}", kept="nothing was imported"

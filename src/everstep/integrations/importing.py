@@ -7,6 +7,7 @@ writer has under way. Needs no torch.
 from __future__ import annotations
 
 import mmap
+import os
 import re
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from everstep.chain.history import MAIN, Chain, Snapshot
 from everstep.chain.lease import Lease, refuse_unreleased
 from everstep.chain.reader import Reader, Target
 from everstep.chain.writer import Captured, Facts, Wave, Writer
-from everstep.errors import Conflict, Damaged, Mismatch, NotFound
+from everstep.errors import Conflict, Damaged, Mismatch, NotFound, Unavailable
 from everstep.format import keys, values
 from everstep.format.layout import Layout, Slice, lay_out
 from everstep.format.manifest import FILES, MAX_NAME_CHARACTERS, OBJECTS, RUN, Manifest
@@ -38,6 +39,8 @@ _AMPLIFIED = 4
 """Views of one storage that overlap become leaves of their own: so many times the files' bytes, and
 `_SLACK_BYTES`, are all that is believed."""
 _SLACK_BYTES = 64 * 1024 * 1024
+
+_MAX_STEP = 1 << 53
 
 _STEPS = ("global_step", "step", "iteration", "iter", "iter_num")
 _NAMED_STEP = re.compile(
@@ -65,11 +68,25 @@ def read(path: Path) -> Checkpoint:
         NotFound: there is nothing, or nothing that is known here.
         Unsupported: it holds what no state is made of; nothing of it was run.
         Damaged: it is not whole.
+        Unavailable: it cannot be read.
     """
+    try:
+        return _read(path)
+    except OSError as error:
+        raise Unavailable(
+            f"{path} cannot be read ({os.strerror(error.errno) if error.errno else error})",
+            kept="nothing was imported",
+            next=f"ls -l {path}",
+        ) from error
+
+
+def _read(path: Path) -> Checkpoint:
     if path.is_dir():
         return _of_directory(path)
     if not path.exists():
         raise NotFound(f"there is no {path}", kept="nothing was imported", next=f"ls {path.parent}")
+    if not path.is_file():
+        raise _unknown(path)
     if path.name.endswith(safetensors_reading.INDEX) or safetensors_reading.is_safetensors(path):
         return safetensors_reading.read(path)
     if torch_reading.is_torch(path):
@@ -153,13 +170,7 @@ def take(
     state = _State(found, path)
     tree = state.take(dict(objects or {}))
     at = state.step() if step is None else step
-    head = chain.head(branch)
-    if at < 0 or (head is not None and at < head.step):
-        raise Mismatch(
-            f"branch {branch} of {chain.url} is at step {head.step if head else 0}, and this is of step {at}",
-            kept="nothing was imported",
-            next="--branch NAME, for a branch of its own, or --step N",
-        )
+    _head_before(chain, branch, at)
     encoded = values.encode({OBJECTS: tree, RUN: state.run_part(at)})
     layout = lay_out(state.slices())  # All leaves are known now, those of generators too.
     facts = Facts(
@@ -172,14 +183,27 @@ def take(
     )
     with Files() as files:
         stream = _Stream(layout, state.leaves, files, chain.about.grid_bytes, on_progress)
-        snapshot = _write(chain, branch, head, Captured(layout, encoded, stream), facts)
+        snapshot = _write(chain, branch, Captured(layout, encoded, stream), facts)
     ties = sum(one.alias is not None for one in layout.slices)
     size_bytes = sum(one.size_bytes for one in layout.slices if one.alias is None)
     remarks = tuple(dict.fromkeys([*found.remarks, *state.remarks]))
     return Imported(snapshot, found.kind, tuple(tree), len(layout.slices) - ties, ties, size_bytes, remarks)
 
 
-def _write(chain: Chain, branch: str, head: Snapshot | None, captured: Captured, facts: Facts) -> Snapshot:
+def _head_before(chain: Chain, branch: str, step: int) -> Snapshot | None:
+    """The head that a snapshot of this step would follow. Raises Mismatch where it is of a later one."""
+    head = chain.head(branch)
+    there = head.step if head is not None else 0
+    if not there <= step <= _MAX_STEP:
+        raise Mismatch(
+            f"branch {branch} of {chain.url} is at step {there}, and this is of step {step}",
+            kept="nothing was imported",
+            next="--branch NAME, for a branch of its own, or --step N",
+        )
+    return head
+
+
+def _write(chain: Chain, branch: str, captured: Captured, facts: Facts) -> Snapshot:
     try:
         refuse_unreleased(chain.store, branch)
     except Conflict as error:
@@ -188,6 +212,7 @@ def _write(chain: Chain, branch: str, head: Snapshot | None, captured: Captured,
         ) from error
     lease = Lease.take(chain.store, branch)
     try:
+        head = _head_before(chain, branch, facts.step)  # Nobody else moves it now.
         writer = Writer(chain, lease, branch, head.id if head else "")
         shared = _known_good(chain, head) if head is not None else None
         if shared is not None:
@@ -233,7 +258,7 @@ class _State:
         tree = self.found.tree
         if wanted:
             parts = {name: _under(tree, key, self.path) for name, key in wanted.items()}
-            if type(tree) is dict and all("." not in key and key in tree for key in wanted.values()):
+            if isinstance(tree, dict) and all("." not in key and key in tree for key in wanted.values()):
                 left = [str(key) for key in tree if key not in wanted.values()]
                 self.remarks += [f"left out: {', '.join(left)}"] if left else []
         elif _is_optimizer_state(tree):
@@ -254,11 +279,9 @@ class _State:
     def step(self) -> int:
         """The step that the checkpoint says it is of, or its name; else 0."""
         tree = self.found.tree
-        told = (
-            [self.found.step, *(tree.get(key) for key in _STEPS)] if type(tree) is dict else [self.found.step]
-        )
-        for one in told:
-            if type(one) is int and one >= 0:
+        keyed = [tree.get(key) for key in _STEPS] if isinstance(tree, dict) else []
+        for one in (self.found.step, *keyed):
+            if type(one) is int and 0 <= one <= _MAX_STEP:
                 return one
         named = _NAMED_STEP.search(self.path.resolve().stem)
         if named:
@@ -368,7 +391,7 @@ def _under(tree: Any, key: str, path: Path) -> Any:
     """What lies under a key, or under keys with dots between them."""
     found = _look(tree, key) if key else tree
     if found is None:
-        there = ", ".join(map(str, list(tree)[:8])) if type(tree) is dict else "no keys"
+        there = ", ".join(map(str, list(tree)[:8])) if isinstance(tree, dict) else "no keys"
         raise NotFound(
             f"{path} has nothing under {key!r}; it has {there}",
             kept="nothing was imported",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from everstep.errors import Damaged
+from everstep.errors import Damaged, Unavailable
 from everstep.format.layout import item_bytes
 from everstep.integrations import pickles
 from everstep.integrations.checkpoint import Checkpoint, refused
@@ -64,14 +64,16 @@ def is_torch(path: Path) -> bool:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """A file to read; what the system says against it becomes Damaged."""
+    """A file to read. Raises Damaged where it is missing, Unavailable where it cannot be read."""
     try:
         with path.open("rb") as file:
             yield file
     except OSError as error:
-        raise Damaged(
+        kind = Damaged if isinstance(error, FileNotFoundError) else Unavailable
+        raise kind(
             f"{path} cannot be read ({os.strerror(error.errno) if error.errno else error})",
             kept="nothing was imported",
+            next=f"ls -l {path}",
         ) from error
 
 
@@ -136,6 +138,8 @@ def _records(file: BinaryIO, offset: int, size_bytes: int, what: str) -> dict[st
             raise refused(
                 f"{what}: {one.filename}", "is compressed or encrypted, as torch.save never does it"
             )
+        if not 0 <= one.header_offset <= size_bytes - _LOCAL_BYTES:
+            raise Damaged(f"{what}: {one.filename} lies outside the file", kept="nothing was imported")
         head = _get(file, offset + one.header_offset, _LOCAL_BYTES)
         name_bytes, extra_bytes = struct.unpack("<HH", head[26:30]) if head.startswith(ZIP) else (0, -1)
         begin = one.header_offset + _LOCAL_BYTES + name_bytes + extra_bytes

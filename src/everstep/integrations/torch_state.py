@@ -229,8 +229,11 @@ class Meaning:
         data = self.of(data, path) if type(data) is Made else data
         if type(data) is not bytes or len(data) != math.prod(check_shape(shape)) * item_bytes(name):
             raise ValueError("its bytes are not those of its shape")
-        strides = contiguous(shape[::-1])[::-1] if by_column else contiguous(shape)
-        return Tensor.whole(name, shape, Source(None, 0, strides, data))
+        if by_column:
+            import numpy as np
+
+            data = np.frombuffer(data, f"V{item_bytes(name)}").reshape(shape, order="F").tobytes("C")
+        return Tensor.whole(name, shape, Source(None, 0, contiguous(shape), data))
 
 
 def view(
