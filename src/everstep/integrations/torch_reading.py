@@ -226,7 +226,10 @@ def _legacy(file: BinaryIO, path: Path, size_bytes: int) -> tuple[Any, list[str]
         raise refused(what, "is no file that torch.save writes")
     if machine.get("little_endian") is not True:
         raise refused(what, "was written on a big-endian machine")
-    items = _items_of(value)
+    try:
+        items = _items_of(value)
+    except (TypeError, ValueError) as error:
+        raise Damaged(f"{what} has storages that cannot be: {error}", kept="nothing was imported") from error
     places: dict[object, Storage] = {}
     for key in storage_keys:
         if type(key) is not str or key not in items:
