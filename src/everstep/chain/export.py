@@ -255,7 +255,7 @@ def check_free_folder(path: Path) -> None:
 
 
 def _folder_taken(path: Path) -> Mismatch:
-    what = "is not empty" if path.is_dir() else "exists already"
+    what = "is not empty" if path.is_dir() and not path.is_symlink() else "exists already"
     return Mismatch(
         f"{path} {what}", kept="it was not touched", next="another name: a folder is not replaced"
     )

@@ -236,8 +236,8 @@ class _Restoration:
         there = set(saved)
         # What shares its memory with a leaf that is there comes back with it (tied weights): not all who
         # write states write both names.
-        held = {memory(live[leaf]) for leaf in saved if leaf in live}
-        missing = [leaf for leaf in live if leaf not in there and memory(live[leaf]) not in held - {None}]
+        held = {memory(live[leaf]) for leaf in saved if leaf in live} - {None}
+        missing = [leaf for leaf in live if leaf not in there and memory(live[leaf]) not in held]
         self._lacks("the snapshot has no leaf {}", missing, fix)
         self._lacks(
             "the snapshot holds {}, which the model has not",
