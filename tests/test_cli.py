@@ -38,7 +38,7 @@ from everstep.format.chunk import Encoding
 from everstep.format.layout import Slice, item_bytes, lay_out
 from everstep.format.record import StepRecord, TagRecord, seal
 from everstep.format.values import Leaf, Symbol
-from everstep.integrations import safetensors_file, torch_file
+from everstep.integrations import safetensors_file, torch_file, torch_pickle
 from everstep.keeper import protocol
 from everstep.state.capture import Capturer
 from everstep.state.collecting import Collector
@@ -906,7 +906,7 @@ def test_safetensors_load_into_the_model(trained, tmp_path):
 
 TORCH_DTYPES = [
     name
-    for name in (*torch_file._STORAGES, *sorted(torch_file._NEWER))
+    for name in (*torch_pickle.STORAGES, *sorted(torch_pickle.NEWER))
     if isinstance(getattr(torch, name, None), torch.dtype)
 ]
 
@@ -934,7 +934,7 @@ def test_every_dtype_that_a_chain_can_hold_is_known_to_the_torch_format():
             item_bytes(name)
         except errors.Unsupported:
             continue
-        assert name in torch_file._STORAGES or name in torch_file._NEWER, name
+        assert name in torch_pickle.STORAGES or name in torch_pickle.NEWER, name
 
 
 PLAIN = {

@@ -35,6 +35,7 @@ from everstep.state.objects import (
     trained,
 )
 from everstep.state.sharding import is_sharded, local, may_be_sharded, sharded_like
+from everstep.state.sorts import memory
 from everstep.state.tree import Leaves, Tensorlike, dtype_name, flatten, join, leaf_names, located, unflatten
 from everstep.state.world import World
 
@@ -323,7 +324,11 @@ class _Restoration:
         live = {path: one for path, one in _live_leaves(name, module).items() if self._wants(path)}
         saved = {path: leaf for path, leaf in located(name, self.saved[name]) if self._wants(path)}
         fix = "build the model that the snapshot was taken of"
-        self._lacks("the snapshot has no leaf {}", [path for path in live if path not in saved], fix)
+        # What shares its memory with a leaf that is there comes back with it (tied weights): not all who
+        # write states write both names.
+        held = {memory(local(live[path])) for path in saved if path in live} - {None}
+        missing = [path for path in live if path not in saved and memory(local(live[path])) not in held]
+        self._lacks("the snapshot has no leaf {}", missing, fix)
         if not self.many:
             self._lacks(
                 "the snapshot holds {}, which the model has not",
