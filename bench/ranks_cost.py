@@ -53,6 +53,7 @@ def train(path: str) -> None:
 
     step()
     for _ in range(SNAPSHOTS):
+        step()
         pending = run.take()
         while not pending.begun:
             step()
@@ -63,8 +64,10 @@ def train(path: str) -> None:
         begun = time.perf_counter()
         run.tick()
         times.append(time.perf_counter() - begun)
-    print(json.dumps({"rank": rank, "tick_us": statistics.median(times) * 1e6}), flush=True)
-    dist.barrier()
+    for turn in range(ranks):
+        if turn == rank:
+            print(json.dumps({"rank": rank, "tick_us": statistics.median(times) * 1e6}), flush=True)
+        dist.barrier()
     run.close()
     dist.destroy_process_group()
 
