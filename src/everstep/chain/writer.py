@@ -25,6 +25,7 @@ from everstep.chain.fence import fence_former
 from everstep.chain.history import MAIN, Chain, Snapshot, now
 from everstep.chain.lanes import idle_cores
 from everstep.chain.lease import Lease
+from everstep.chain.names import missing
 from everstep.chain.packing import Before, Draft, Packing, Wave
 from everstep.chain.parts import Part
 from everstep.chain.relocations import Relocations
