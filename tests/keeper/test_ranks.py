@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 from handing import DEADLINE_S, GRID_BYTES, assert_joined, hand_over, laid_of, until
 
+from everstep.chain import parts
 from everstep.chain.history import Chain
 from everstep.chain.lease import Lease
 from everstep.errors import Fenced, Unavailable
@@ -200,6 +201,28 @@ def test_a_rank_whose_state_is_incomplete_withdraws(store: Held, world: Callable
     run.wait()
     assert "rank 1 could not store its part" in str(run.outcomes[0][0].error)
     assert list(run.chain.snapshots()) == []
+
+
+@pytest.mark.parametrize("told", ["withdrawn", "damaged"])
+def test_a_rank_that_has_withdrawn_stays_so_and_trains_on(
+    store: Held, world: Callable[..., World], told: str
+) -> None:
+    """As when its keeper died right after it had told rank 0, and another stores the same."""
+    run = world()
+    if told == "withdrawn":
+        parts.withdraw(run.chain, parts.Take("main", run.lease.number, 1), 1, "no room")
+    else:
+        store.put(keys.part("main", run.lease.number, 1, 1), [b"nonsense"])
+    run.take(1)
+    run.wait()
+    for rank in (0, 1):
+        error = run.outcomes[rank][0].error
+        assert isinstance(error, Unavailable)
+        assert error.away
+    assert run.outcomes[2][0].part is not None
+    run.take(2)
+    run.wait()
+    assert_joined(store, [20], RANKS)
 
 
 def test_what_is_not_to_stay_is_pruned_by_rank_0(store: Held, world: Callable[..., World]) -> None:
