@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from meshes import Placements, Replicate, Shard, _StridedShard, coordinates, cut, mesh_of, nobody, sharded
-from ranks import Ranks
 from stored import Stored, joined
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,10 +20,12 @@ from torch.distributed.tensor import Partial
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
 from everstep.errors import Unsupported
+from everstep.format.layout import Box
 from everstep.format.manifest import StoredLeaf, StoredSlice
 from everstep.state import leaves, spreading
 from everstep.state.lazy import LazyState
-from everstep.state.sharding import Box, boxes_of, elements, overlap, spec_of, table, views, whole
+from everstep.state.sharding import boxes_of, elements, overlap, spec_of, table, views, whole
+from ranks import Ranks
 
 
 @pytest.fixture(autouse=True)

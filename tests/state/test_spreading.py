@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everstep.format.joining import covers
-from everstep.format.layout import SMALL_BYTES
-from everstep.state.sharding import Box, elements, whole
+from everstep.format.layout import SMALL_BYTES, Box
+from everstep.state.sharding import elements, whole
 from everstep.state.spreading import SLIVER_BYTES, level, spread
 
 MB = 1024 * 1024

@@ -11,8 +11,8 @@ a sampler where there is one, which loads nothing, and batches only where there 
 Of many ranks each has its own loader, and its own position. On another number of ranks the rest of the
 epoch is dealt anew, where it is known how it was dealt (`dealing`).
 
-Below this: `track`, what all kinds of loaders have in common; `order`, what the order of an epoch grows from and
-how it is repeated; `workers`, the random numbers drawn to fetch a sample.
+Below this: `track`, what all kinds of loaders have in common; `order`, what the order of an epoch grows from
+and how it is repeated; `workers`, the random numbers drawn to fetch a sample.
 """
 
 from __future__ import annotations

@@ -20,11 +20,10 @@ import torch
 
 from everstep.errors import Damaged
 from everstep.format.chunk import aligned
-from everstep.format.layout import SLICE_ALIGNMENT_BYTES, SMALL_BYTES, item_bytes
+from everstep.format.layout import SLICE_ALIGNMENT_BYTES, SMALL_BYTES, Box, item_bytes
 from everstep.format.manifest import Manifest, StoredLeaf, StoredSlice
 from everstep.state.devices import Accelerator, accelerator_of
 from everstep.state.sharding import (
-    Box,
     boxes_of,
     is_sharded,
     local,

@@ -12,12 +12,12 @@ from typing import TypeAlias
 import torch
 from blake3 import blake3
 
+from everstep.format.layout import Box
 from everstep.format.manifest import OWN
 from everstep.state.copying import bytes_of
 from everstep.state.holding import Held, Holdings, Offer, Row, find_out, own_name
 from everstep.state.samples import Samples
 from everstep.state.sharding import (
-    Box,
     Shape,
     elements,
     is_sharded,
