@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import everstep
 from everstep.chain.history import Chain, Snapshot
 from everstep.chain.lease import Lease
 from everstep.chain.reader import Reader, Target
@@ -91,8 +92,10 @@ def test_what_ranks_hold_goes_into_a_chain_and_comes_back(before: int, now: int)
     assert snapshot.record.logical_bytes - snapshot.record.new_bytes >= frozen
     manifest, fill = reading(storing.chain, snapshot)
     lazy = LazyState(manifest, fill, torch.device("cpu"))
+    loaded = everstep.load(storing.chain.store)
     for key, value in saved[0]["model"].state_dict().items():
         assert torch.equal(lazy.state("model")[key], value)
+        assert torch.equal(torch.as_tensor(loaded[f"model/{key}"]), value)
     live = [training(9, 0) for _ in range(now)]
     worlds = Ranks([named(one) for one in live])
     parts = storing.chain.manifests(snapshot)
