@@ -126,7 +126,7 @@ def cases(draw: st.DrawFn) -> tuple[list[tuple[int, ...]], list[Way], list[Way]]
     return shapes, both[0], both[1]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(case=cases())
 def test_from_any_way_to_any_other(case: tuple[list[tuple[int, ...]], list[Way], list[Way]]) -> None:
     shapes, before, now = case
@@ -156,7 +156,7 @@ def test_from_any_way_to_any_other(case: tuple[list[tuple[int, ...]], list[Way],
         assert sum(math.prod(place.extent) for _, place in written) == one.numel()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(shape=SHAPES, data=st.data())
 def test_boxes_are_what_torch_cuts(shape: tuple[int, ...], data: st.DataObject) -> None:
     way = data.draw(ways(len(shape)))

@@ -24,7 +24,7 @@ ITEMS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(items=ITEMS, ranks=st.integers(1, 9))
 def test_each_element_is_written_once_and_each_rank_writes_as_much(
     items: list[tuple[tuple[int, ...], int]], ranks: int
