@@ -280,6 +280,10 @@ def _of_array(leaf: StoredLeaf, array: np.ndarray[Any, Any]) -> Iterator[tuple[i
 
 def _parts(leaf: StoredLeaf, tensor: torch.Tensor, rank: int | None) -> Iterator[_Part]:
     """What a tensor, or this rank's part of one, takes of each slice of a leaf."""
+    if leaf.whole is not None and not is_sharded(tensor):
+        if tensor.numel():
+            yield _Part(tensor.detach(), leaf.whole.region, leaf.whole.offset)
+        return
     if is_sharded(tensor):
         at = tensor.device_mesh.get_rank() if rank is None else rank
         boxes = boxes_of(leaf.shape, spec_of(leaf.name, tensor, at), at)
