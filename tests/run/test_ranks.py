@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-
 from bench import ranks_kill
+
 from everstep.chain.history import Chain
 from everstep.chain.verify import verify
 from everstep.keeper.client import living
