@@ -1,0 +1,169 @@
+"""What a process knows of a chain that it saves to: kept from one save to the next, outside of the writers,
+which are pickled into another process or made anew for each.
+
+A lease is held only while a snapshot is committed, so that the trainer may save, and the process that it has
+its asynchronous saves done by. That nobody else has come in between is looked at all the same.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from everstep.chain import lease as leases
+from everstep.chain import prune
+from everstep.chain.history import Chain, Snapshot
+from everstep.chain.lease import Holder, Lease
+from everstep.chain.parts import Part
+from everstep.chain.retention import Keep
+from everstep.chain.writer import Captured, Facts, Writer
+from everstep.errors import Damaged, EverstepError, Fenced, NotFound
+from everstep.format import keys, record
+from everstep.format.layout import Layout, Slice, lay_out
+from everstep.format.record import LeaseRecord
+from everstep.integrations.dcp import verified
+from everstep.store.base import Store
+from everstep.store.urls import open_store
+
+Place: TypeAlias = "str | Store"
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Which rank of how many one is in a save."""
+
+    rank: int = 0
+    ranks: int = 1
+
+
+class Saving:
+    """One rank's side of a branch."""
+
+    def __init__(self, chain: Chain, branch: str, seat: Seat) -> None:
+        self.chain = chain
+        self.branch = branch
+        self.seat = seat
+        self._writer = Writer(chain, Lease(chain.store, 0, branch), branch)
+        self._lock = threading.Lock()
+        self._layout: Layout | None = None
+        part = verified.part_of(chain, branch, seat.rank, seat.ranks)
+        if part is not None:
+            self._writer.build_on(part)
+
+    def layout(self, slices: Sequence[Slice]) -> Layout:
+        """The same object as long as the slices are the same: then less is to be told anew."""
+        if self._layout is None or self._layout.slices != tuple(slices):
+            self._layout = lay_out(slices)
+        return self._layout
+
+    def next_step(self) -> int:
+        """That of a snapshot of which nobody says it: one after the newest."""
+        newest = next(self.chain.heads(self.branch), None)
+        return 0 if newest is None else newest.step + 1
+
+    def store(self, captured: Captured) -> Part:
+        """Store this rank's part of a snapshot; durable on return."""
+        with self._lock:
+            if self.seat.ranks > 1:
+                # Whether the last part was committed is not known here.
+                self._writer.look_again()
+            return self._writer.store_part(captured, self.seat.rank, self.seat.ranks)
+
+    def commit(self, parts: Sequence[Part], facts: Facts, keep: Keep) -> Snapshot:
+        """Make the parts a snapshot, the head of the branch; then drop what is not to stay.
+
+        Raises:
+            Conflict: another process of this machine is at it.
+            Fenced: somebody else has saved to this branch since this process has.
+        """
+        with self._lock:
+            _refuse_replaced(self.chain.store, self.branch, _left.get(_key(self.chain.store, self.branch)))
+            lease = Lease.take(self.chain.store, self.branch)
+            try:
+                self._writer.go_on(lease, self._parent())
+                snapshot = self._writer.commit(parts, facts)
+                self._tidy(lease, keep)
+            finally:
+                lease.release()
+                _left[_key(self.chain.store, self.branch)] = lease.number + 1
+            return snapshot
+
+    def _parent(self) -> str:
+        """The newest snapshot that can be read: a save does not fail for a damaged one before it."""
+        newest = next(self.chain.snapshots(self.branch), None)
+        return "" if newest is None else newest.id
+
+    def _tidy(self, lease: Lease, keep: Keep) -> None:
+        if keep == ALL:
+            return
+        plan = prune.plan(self.chain, keep, branches=[self.branch], mine=lease)
+        if plan is not None:
+            self._writer.forget_packs(set(plan.packs))
+            self._writer.has_pruned(prune.execute(self.chain, plan).records)
+
+
+ALL = Keep.parse("all")
+
+_savings: dict[tuple[object, ...], Saving] = {}
+_left: dict[tuple[object, ...], int] = {}
+"""The number of the lease that this process gave back last, by branch."""
+
+_lock = threading.Lock()
+
+
+def saving(place: Place, branch: str, seat: Seat) -> Saving:
+    """What this process knows of a branch. Raises NotFound where there is no chain."""
+    with _lock:
+        key = (os.getpid(), place if isinstance(place, str) else id(place), branch, seat)
+        if key not in _savings:
+            _savings[key] = Saving(Chain(open_store(place)), branch, seat)
+        return _savings[key]
+
+
+def _key(store: Store, branch: str) -> tuple[object, ...]:
+    return (os.getpid(), store.url, branch)
+
+
+# -- who has saved meanwhile -------------------------------------------------------------------------------
+
+
+def _refuse_replaced(store: Store, branch: str, left: int | None) -> None:
+    """Raises Fenced where somebody else has had the branch since this process gave its lease back: a job that
+    was thought dead does not go on beside the one that took its place."""
+    if left is None:
+        return
+    for number in range(left + 1, leases.newest(store, branch) + 1):
+        key = keys.numbered(keys.lease(branch), number)
+        try:
+            holder = record.unseal(store.get(key, 0, record.MAX_RECORD_BYTES + 1), LeaseRecord, key)
+        except (NotFound, Damaged):
+            continue
+        if holder.pid and not _is_of_this_job(holder):
+            raise Fenced(
+                f"branch {branch!r} of {store.url} was written by process {holder.pid} on {holder.host} "
+                f"since this one saved (at {holder.at})",
+                kept="nothing was changed, and all that was committed is intact",
+                next=f"everstep -r {store.url} log",
+            )
+
+
+def _is_of_this_job(holder: Holder) -> bool:
+    """This process, its parent, or a child of one of them: one of them does the asynchronous saves. One of
+    this machine that has ended is taken for one, too."""
+    if not leases.is_of_this_machine(holder):
+        return False
+    if not leases.lives_here(holder):
+        return True
+    family = {os.getpid(), os.getppid()}
+    return holder.pid in family or _parent_of(holder.pid) in family
+
+
+def _parent_of(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
