@@ -61,6 +61,18 @@ def _entered(here: Any, part: str | int, made: Value, path: Path) -> Value:
     )
 
 
+def number(tree: Value) -> None:
+    """Give the states of optimizers back the numbers that planners made texts of, in place: that is how
+    `load_state_dict` knows its parameters. States by name, as `get_optimizer_state_dict` has them, stay."""
+    if type(tree) is dict:
+        state = tree.get("state")
+        if type(tree.get("param_groups")) is list and type(state) is dict:
+            if all(type(key) is str and key.isascii() and key.isdigit() for key in state):
+                tree["state"] = {int(key): value for key, value in state.items()}
+        for value in tree.values():
+            number(value)
+
+
 def items(tree: Value, *, flattened: bool, is_tensor: IsTensor) -> Iterator[tuple[Path, Value]]:
     """What a tree consists of for torch.distributed.checkpoint, each with its path: tensors, and values that
     hold none in a dict or list of theirs (the same that its planners look for when they save).

@@ -32,7 +32,7 @@ from everstep.format.manifest import OBJECTS, RUN
 from everstep.format.record import Number
 from everstep.format.values import Leaf, Value
 from everstep.integrations.dcp import planning
-from everstep.integrations.dcp.names import Path, leaf_name, place
+from everstep.integrations.dcp.names import Path, leaf_name, number, place
 from everstep.integrations.dcp.saving import Seat, saving
 from everstep.integrations.dcp.waves import Source, Waves
 from everstep.run import environment
@@ -254,6 +254,8 @@ class _Told:
         for name in self._items if known is None else known:
             if names is None or name in names or name in self._items:
                 place(self.tree, self._path(name), self._value(name, known))
+        if self.flattened:
+            number(self.tree)
 
     def _path(self, name: str) -> Path:
         return tuple(self._paths.get(name, (name,)))

@@ -1,0 +1,40 @@
+"""Everstep's writer and reader with the signatures of the file system's: a directory is a chain, and each
+save to it the next snapshot."""
+
+import os
+
+import everstep
+
+
+class FileSystemWriter(everstep.dcp.Writer):
+    def __init__(self, path, *args, **kwargs):
+        super().__init__(path)
+
+    @property
+    def path(self):
+        return self.checkpoint_id
+
+    def reset(self, checkpoint_id=None):
+        if checkpoint_id is not None:
+            self._place = os.fspath(checkpoint_id)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id):
+        return "://" not in os.fspath(checkpoint_id)
+
+
+class FileSystemReader(everstep.dcp.Reader):
+    def __init__(self, path, *args, **kwargs):
+        super().__init__(path)
+
+    @property
+    def path(self):
+        return self.checkpoint_id
+
+    def reset(self, checkpoint_id=None):
+        if checkpoint_id is not None:
+            self._place = os.fspath(checkpoint_id)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id):
+        return "://" not in os.fspath(checkpoint_id)
