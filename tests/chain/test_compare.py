@@ -466,8 +466,8 @@ def test_a_snapshot_that_is_pruned_meanwhile_is_not_called_damaged() -> None:
     manifest = series.chain.manifest(one)
 
     class Pruned(Chain):
-        def manifest(self, snapshot: Snapshot, rank: int = 0) -> Any:
-            found = super().manifest(snapshot, rank)
+        def manifest(self, snapshot: Snapshot) -> Any:
+            found = super().manifest(snapshot)
             if snapshot.id == one.id:
                 store.delete(keys.snapshot(one.id))
                 store.delete(keys.pack(next(iter(manifest.packs))))
@@ -483,8 +483,8 @@ def test_a_leaf_of_several_slices_is_not_taken_for_its_first() -> None:
     one, two = series.take({"a": floats(1, 2, 3, 4)}), series.take({"a": floats(1, 2, 3, 5)})
 
     class Spread(Chain):
-        def manifest(self, snapshot: Snapshot, rank: int = 0) -> Any:
-            found = super().manifest(snapshot, rank)
+        def manifest(self, snapshot: Snapshot) -> Any:
+            found = super().manifest(snapshot)
             (leaf,) = found.leaves
             halves = StoredSlice((0,), (2,), 0, 0), StoredSlice((2,), (2,), 0, 8)
             return msgspec.structs.replace(found, leaves=(msgspec.structs.replace(leaf, slices=halves),))

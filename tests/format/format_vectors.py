@@ -28,6 +28,7 @@ from everstep.format.record import (
     HeadRecord,
     LeaseRecord,
     NewPack,
+    PartRecord,
     PruneRecord,
     RelocationRecord,
     SealedRecord,
@@ -154,6 +155,25 @@ def a_snapshot(manifest_name: str) -> SnapshotRecord:
         metrics={"loss": 0.5, "worst": record.number(math.inf)},
         environment={"python": "3.12"},
         costs={"store": 1.25},
+    )
+
+
+def a_part() -> PartRecord:
+    return PartRecord(
+        branch="main",
+        writer=3,
+        take=7,
+        rank=1,
+        ranks=2,
+        manifest="ab" * 32,
+        state="cd" * 32,
+        nonce="0123456789abcdef",
+        at=AT,
+        logical_bytes=40,
+        new_bytes=32,
+        stored_bytes=8192,
+        approximate=("a loader that cannot be resumed",),
+        relies=("ef" * 32,),
     )
 
 

@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 from everstep.errors import Damaged, Unsupported
 from everstep.format import chunk, manifest, values
 from everstep.format.layout import item_bytes
-from everstep.format.manifest import Manifest, Place, StoredChunk, StoredLeaf, StoredRegion, StoredSlice
+from everstep.format.manifest import (
+    MAX_RANKS,
+    Manifest,
+    Place,
+    StoredChunk,
+    StoredLeaf,
+    StoredRegion,
+    StoredSlice,
+)
 
 GRID_BYTES = 4096
 PACK = chunk.digest(b"a pack")
@@ -118,7 +126,7 @@ def test_defaults_may_be_left_out() -> None:
 # -- versions and ranks -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [3, 4, 1000, 2**62, 2**100])
+@pytest.mark.parametrize("number", [4, 5, 1000, 2**62, 2**100])
 def test_a_newer_format_is_unsupported(number: int) -> None:
     """Whatever else is in it."""
     for tree in (
@@ -137,9 +145,41 @@ def test_no_format(number: int) -> None:
 
 
 @pytest.mark.parametrize("changed", [{"ranks": 2}, {"rank": 1, "ranks": 2}, {"rank": 1}])
-def test_several_ranks_are_unsupported(changed: dict[str, int]) -> None:
-    with pytest.raises(Unsupported, match="rank"):
-        from_json({**as_json(a_manifest()), **changed})
+def test_below_format_3_there_is_one_rank(changed: dict[str, int]) -> None:
+    for number in (1, 2):
+        with pytest.raises(Damaged, match="rank"):
+            from_json({**as_json(a_manifest()), **changed, "format": number})
+
+
+def test_a_manifest_of_one_of_several_ranks() -> None:
+    read = from_json({**as_json(a_manifest()), "format": 3, "rank": 1, "ranks": 2})
+    assert (read.rank, read.ranks) == (1, 2)
+    for changed in ({"rank": 2, "ranks": 2}, {"rank": 1}, {"ranks": MAX_RANKS + 1}, {"ranks": 0}):
+        with pytest.raises(Damaged):
+            from_json({**as_json(a_manifest()), "format": 3, "ranks": 1, **changed})
+
+
+def test_slices_of_a_leaf() -> None:
+    tree = {**as_json(a_manifest()), "format": 3}
+    (leaf, *others) = tree["leaves"]
+    (name, dtype, shape, [[at, extent, region, offset]]) = leaf
+    first = [[0, *at[1:]], [1, *extent[1:]], region, offset]
+    second = [[1, *at[1:]], [1, *extent[1:]], region, offset]
+
+    def sliced(slices: list[Any], number: int = 3, name: str = name) -> Any:
+        return from_json({**tree, "format": number, "leaves": [[name, dtype, shape, slices], *others]})
+
+    assert sliced([first, second]).leaves[0].whole is None
+    assert sliced([first]).leaves[0].slices[0].extent[0] == 1, "the others may be another rank's"
+    for wrong in ([], [second, first], [first, first]):
+        with pytest.raises(Damaged):
+            sliced(wrong)
+    for number in (1, 2):
+        with pytest.raises(Damaged, match="slices"):
+            sliced([first, second], number)
+    assert sliced([first], name="~rank/0/generator")
+    with pytest.raises(Damaged, match="of rank 0"):
+        sliced([first], name="~rank/1/generator")
 
 
 def test_an_unknown_dtype_is_unsupported() -> None:
@@ -269,7 +309,9 @@ def test_eight_chunks_below_a_chunk_are_allowed() -> None:
 
 @pytest.mark.parametrize("name", ["x" * 4096, "ü" * 4096, "🚆" * 4096])
 def test_the_longest_name(name: str) -> None:
-    made = msgspec.structs.replace(a_manifest(), leaves=(StoredLeaf(name, "float32", (0,), ()),))
+    made = msgspec.structs.replace(
+        a_manifest(), leaves=(StoredLeaf(name, "float32", (0,), (StoredSlice((0,), (0,), 0, 0),)),)
+    )
     assert manifest.decode(manifest.encode(made)) == made
 
 

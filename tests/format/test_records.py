@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from format_vectors import a_snapshot, sealed_records, steps
+from format_vectors import a_part, a_snapshot, sealed_records, steps
 from hostile import bit_flips, is_refused, nested, same_every_time, truncations
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +23,7 @@ from everstep.format.record import (
     Move,
     NewPack,
     Origin,
+    PartRecord,
     PruneRecord,
     RelocationRecord,
     SealedRecord,
@@ -33,7 +34,7 @@ from everstep.format.record import (
 )
 
 DIGEST = chunk.digest(b"snapshot")
-SEALED: list[SealedRecord] = list(sealed_records(DIGEST).values())
+SEALED: list[SealedRecord] = [*sealed_records(DIGEST).values(), a_part()]
 RECORDS: list[msgspec.Struct] = [*SEALED, a_snapshot(DIGEST)]
 
 digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
@@ -125,6 +126,22 @@ sealed = (
         format=st.just(2),
     )
 )
+sealed |= st.builds(
+    PartRecord,
+    branch=texts,
+    writer=counts,
+    take=counts,
+    rank=st.integers(0, 3),
+    ranks=st.integers(4, 1 << 15),
+    manifest=digests,
+    state=digests,
+    nonce=texts,
+    at=texts,
+    logical_bytes=counts,
+    approximate=st.lists(texts, max_size=3).map(tuple),
+    relies=st.lists(digests, max_size=3).map(tuple),
+    format=st.just(3),
+)
 step_records = st.builds(
     StepRecord,
     step=counts,
@@ -142,7 +159,8 @@ def test_every_sealed_record_comes_back(one: Any) -> None:
     data = record.seal(one)
     assert record.unseal(data, type(one), one.key) == one
     whole = json.loads(data)
-    assert whole["record"]["format"] == (2 if isinstance(one, RelocationRecord) else 1)
+    formats = {RelocationRecord: 2, PartRecord: 3}
+    assert whole["record"]["format"] == formats.get(type(one), 1)
     assert set(whole) == {"blake3", "record"}
 
 
@@ -224,7 +242,7 @@ def test_sealed_records_that_could_not_be_read() -> None:
     for one in (replace(head, snapshot=""), replace(head, step=-1), TagRecord("x", "", "", "best", 1)):
         with pytest.raises(Unsupported):
             record.seal(one)
-    for one in (head, *SEALED[2:]):
+    for one in (head, *SEALED[2:-1]):
         for number in (-1, 0, 2**62 + 1):
             with pytest.raises(Unsupported):
                 record.seal(replace(one, number=number))
@@ -243,7 +261,7 @@ def sealed_body(body: Any) -> bytes:
 
 
 @pytest.mark.parametrize("one", SEALED, ids=lambda one: type(one).__name__)
-@pytest.mark.parametrize("number", [3, 1000, 2**100])
+@pytest.mark.parametrize("number", [4, 1000, 2**100])
 def test_a_newer_format_is_unsupported(one: SealedRecord, number: int) -> None:
     """Whatever else is in it."""
     for body in ({**body_of(one), "format": number}, {"format": number}, {"format": number, "at": [7]}):
@@ -274,10 +292,23 @@ def test_unknown_fields_of_steps_are_ignored() -> None:
     assert record.decode_step(b'{"step":1,"epoch":0,"later":[1]}') == StepRecord(1, 0)
 
 
-def test_a_snapshot_of_several_ranks_is_unsupported() -> None:
+def test_a_snapshot_of_several_ranks_is_of_format_3() -> None:
     body = {**body_of(a_snapshot(DIGEST)), "manifests": [DIGEST, DIGEST]}
-    with pytest.raises(Unsupported, match="ranks"):
-        record.decode(json.dumps(body).encode(), SnapshotRecord)
+    for number in (1, 2):
+        with pytest.raises(Damaged, match="ranks"):
+            record.decode(json.dumps({**body, "format": number}).encode(), SnapshotRecord)
+    read = record.decode(json.dumps({**body, "format": 3}).encode(), SnapshotRecord)
+    assert read.manifests == (DIGEST, DIGEST)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"manifest": ""}, {"state": ""}, {"rank": 2}, {"withdrawn": "out of disk"}, {"ranks": 0}],
+)
+def test_a_part_record_that_contradicts_itself(changed: dict[str, object]) -> None:
+    body = {**body_of(a_part()), **changed}
+    with pytest.raises(Damaged):
+        record.decode(json.dumps(body).encode(), PartRecord)
 
 
 # -- hostile bytes ----------------------------------------------------------------------------------------
@@ -306,7 +337,7 @@ def test_a_sealed_record_has_one_form(one: SealedRecord) -> None:
 def elsewhere() -> list[tuple[SealedRecord, SealedRecord]]:
     """Pairs of records of one kind that differ in nothing but where they belong."""
     replace = msgspec.structs.replace
-    _, head, tag, gone, lease, branch_lease, prune, fence, _, relocation = SEALED
+    _, head, tag, gone, lease, branch_lease, prune, fence, _, relocation, _ = SEALED
     return [
         (head, replace(head, number=2)),
         (head, replace(head, branch="other")),

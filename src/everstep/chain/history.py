@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import islice
@@ -21,6 +21,7 @@ from everstep.errors import Damaged, EverstepError, Mismatch, NotFound, Unavaila
 from everstep.format import keys, record
 from everstep.format import manifest as manifests
 from everstep.format.chunk import GRID_BYTES, Buffer, digest
+from everstep.format.joining import join
 from everstep.format.manifest import Manifest
 from everstep.format.record import (
     ROLLBACK,
@@ -31,8 +32,9 @@ from everstep.format.record import (
     SnapshotRecord,
     TagRecord,
 )
-from everstep.store.base import PROBES, Probing, Store
+from everstep.store.base import PROBES, Distant, Probing, Store
 from everstep.store.local import TEMPORARY, LocalStore
+from everstep.store.parallel import in_parallel
 from everstep.store.replicated import copies_of
 from everstep.store.urls import open_store
 
@@ -166,7 +168,31 @@ class Chain:
                 next=f"everstep -r {self.url} log",
             ) from error
 
-    def manifest(self, snapshot: Snapshot, rank: int = 0) -> Manifest:
+    def manifest(self, snapshot: Snapshot) -> Manifest:
+        """What a snapshot consists of: its manifest, or those of all ranks joined, which takes the time and
+        memory of all of them. Raises Damaged, also where one is missing."""
+        return joined(snapshot, self.manifests(snapshot))
+
+    def manifests(self, snapshot: Snapshot) -> tuple[Manifest, ...]:
+        """The manifest of each rank of a snapshot, in order. Reads several at once where each takes its time.
+        Raises Damaged, also where one is missing."""
+        ranks = len(snapshot.record.manifests)
+        found: dict[int, Manifest] = {}
+
+        def read(rank: int) -> None:
+            found[rank] = self.part(snapshot, rank)
+
+        in_parallel(range(ranks), self.store.at_once if isinstance(self.store, Distant) else 1, lambda: read)
+        parts = tuple(found[rank] for rank in range(ranks))
+        if manifests.state_of_parts([part.state for part in parts]) != snapshot.record.state:
+            key = keys.manifest(snapshot.record.manifests[0]) if ranks == 1 else keys.snapshot(snapshot.id)
+            raise Damaged(
+                f"snapshot {snapshot.short} and its manifest{'s' * (ranks > 1)} name different states",
+                key=key,
+            )
+        return parts
+
+    def part(self, snapshot: Snapshot, rank: int) -> Manifest:
         """The manifest of one rank of a snapshot. Raises Damaged, also where it is missing."""
         name = snapshot.record.manifests[rank]
         key = keys.manifest(name)
@@ -180,8 +206,12 @@ class Chain:
             manifest = self._from_any(key, manifests.MAX_STORED_BYTES, accept)
         except NotFound as error:
             raise Damaged(f"manifest {name[:SHORT]} of {snapshot.short} is missing", key=key) from error
-        if len(snapshot.record.manifests) == 1 and manifest.state != snapshot.record.state:
-            raise Damaged(f"snapshot {snapshot.short} and its manifest name different states", key=key)
+        if (manifest.rank, manifest.ranks) != (rank, len(snapshot.record.manifests)):
+            raise Damaged(
+                f"snapshot {snapshot.short} names a manifest of rank {manifest.rank} of {manifest.ranks} as "
+                f"that of rank {rank} of {len(snapshot.record.manifests)}",
+                key=keys.snapshot(snapshot.id),
+            )
         return manifest
 
     def _sealed(self, key: str, kind: type[Sealed]) -> Sealed:
@@ -476,6 +506,11 @@ class Chain:
 
     def _unknown(self, problem: str) -> NotFound:
         return NotFound(problem, next=f"everstep -r {self.url} log")
+
+
+def joined(snapshot: Snapshot, parts: Sequence[Manifest]) -> Manifest:
+    """The manifests of all ranks of a snapshot as one. Raises Damaged where they do not join."""
+    return _located(lambda: join(parts), keys.snapshot(snapshot.id))
 
 
 def _rolled_back(point: Point) -> str | None:

@@ -15,6 +15,7 @@ _NAME = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
 _NUMBER = "[0-9a-f]{16}"
 _DIGEST = "[0-9a-f]{64}"
 _SEGMENT = re.compile(f"{keys.STEPLOG}{_NAME}/({_NUMBER})/({_NUMBER})")
+_PART = re.compile(f"{keys.PARTS}({_NAME})/({_NUMBER})/({_NUMBER})/({_NUMBER})")
 _OBJECT = re.compile(
     "|".join(
         [
@@ -25,6 +26,7 @@ _OBJECT = re.compile(
             f"{keys.LEASES}(?:{_NAME}/)?{_NUMBER}",
             f"(?:{keys.PRUNES}|{keys.RELOCATIONS}|{keys.REPLICAS}){_NUMBER}",
             _SEGMENT.pattern.replace("(", "(?:"),
+            _PART.pattern.replace("(", "(?:"),
         ]
     )
 )
@@ -56,3 +58,9 @@ def segment_of(key: str) -> tuple[int, int] | None:
     """The (writer, first step) of a step log segment; None where `key` names none."""
     match = _SEGMENT.fullmatch(key)
     return (int(match[1], 16), int(match[2], 16)) if match else None
+
+
+def part_of(key: str) -> tuple[str, int, int, int] | None:
+    """The (branch, writer, take, rank) of a part record; None where `key` names none."""
+    match = _PART.fullmatch(key)
+    return (match[1], int(match[2], 16), int(match[3], 16), int(match[4], 16)) if match else None

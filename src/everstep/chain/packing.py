@@ -49,7 +49,8 @@ class Wave:
 @dataclass
 class Draft:
     """A snapshot under way. `digests` are those of each region's chunks, `slices` those of slices that share
-    a region with others; times are in seconds."""
+    a region with others; `made` names the packs that were put for it, and were not there before; times are in
+    seconds."""
 
     layout: Layout
     digests: list[list[str]] = field(default_factory=list)
@@ -57,6 +58,7 @@ class Draft:
     sizes: dict[str, int] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
     packs: dict[str, int] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)
     stored: list[int] = field(default_factory=list)
     seen_bytes: int = 0
     new_bytes: int = 0

@@ -20,7 +20,7 @@ from everstep.chain.relocations import write_down
 from everstep.errors import Damaged, NotFound, Unsupported
 from everstep.format import keys, pack, record
 from everstep.format.chunk import Buffer, Encoding, aligned, decode, digest
-from everstep.format.manifest import NEWEST_FORMAT
+from everstep.format.manifest import RELOCATED
 from everstep.format.record import NO_SNAPSHOT, HeadRecord, Spot
 from everstep.store.parallel import in_parallel
 
@@ -235,7 +235,7 @@ def _put_fence(chain: Chain, branch: str) -> None:
             newest = record.unseal(chain.store.get(key), HeadRecord, key) if number else None
         except NotFound:
             continue  # It has just gone: there is another, or none.
-        if newest is not None and newest.format >= NEWEST_FORMAT:
+        if newest is not None and newest.fence is True and newest.format >= RELOCATED:
             return
         fence = HeadRecord(
             snapshot=newest.snapshot if newest is not None else NO_SNAPSHOT,
@@ -245,7 +245,7 @@ def _put_fence(chain: Chain, branch: str) -> None:
             at=now(),
             branch=branch,
             number=number + 1,
-            format=NEWEST_FORMAT,
+            format=RELOCATED,
             fence=True,
         )
         if chain.store.put(fence.key, [record.seal(fence)]):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from everstep.chain.history import Chain, Snapshot
+from everstep.chain.history import Chain, Snapshot, joined
 from everstep.chain.reader import Reader, Target
-from everstep.errors import Damaged, Unsupported
+from everstep.errors import Damaged
+from everstep.format import keys, values
 from everstep.format import manifest as manifests
-from everstep.format import values
 from everstep.format.chunk import digest, grid
-from everstep.format.manifest import Manifest, StoredLeaf
+from everstep.format.manifest import Manifest, StoredLeaf, StoredSlice
 
 MAX_SHARED_BYTES = 64 * 1024**3
 """So much of small leaves is digested anew for a state digest: more than any state has. (A hostile manifest
@@ -22,9 +22,13 @@ WINDOW_BYTES = 32 * 1024 * 1024
 """So much of a leaf is in memory at once, or one chunk where that is larger."""
 
 
-def state_of(reader: Reader, manifest: Manifest) -> str:
-    """The state digest out of a manifest's leaves; slices that share a region are read for it."""
+def state_of(reader: Reader, parts: Sequence[Manifest]) -> str:
+    """The state digest of a snapshot out of the leaves of its manifests; slices that share a region are read
+    for it."""
+    return manifests.state_of_parts([_state_of(reader, part) for part in parts])
 
+
+def _state_of(reader: Reader, manifest: Manifest) -> str:
     @lru_cache(maxsize=4)
     def chunk(number: int) -> memoryview:
         return memoryview(reader.chunk(manifest, manifest.chunks[number].digest))
@@ -95,8 +99,6 @@ def rehearse(
         NotFound: it was pruned meanwhile.
         Unsupported: a newer version took it.
     """
-    if len(snapshot.record.manifests) != 1:
-        raise Unsupported(f"snapshot {snapshot.short} is of several ranks, which cannot be restored yet")
     try:
         return _rehearse(chain, snapshot, on_progress or (lambda done, total: None))
     except Damaged:
@@ -105,44 +107,69 @@ def rehearse(
 
 
 def _rehearse(chain: Chain, snapshot: Snapshot, on_progress: Callable[[int, int], None]) -> Rehearsed:
-    manifest = chain.manifest(snapshot)
-    values.decode(manifest.values)
-    _refuse_endless(manifest)
+    parts = chain.manifests(snapshot)
+    whole = joined(snapshot, parts)
+    values.decode(whole.values)
     reader = Reader(chain.store)
-    window = max(WINDOW_BYTES // manifest.grid_bytes, 1) * manifest.grid_bytes
-    parts = {_lies(leaf): leaf for leaf in manifest.leaves}
-    total = sum(size for _, _, size in parts)
-    memory = memoryview(bytearray(min(window, max((size for _, _, size in parts), default=0))))
-    digests: dict[tuple[int, int, int], list[str]] = {}
+    total = sum(size for part in parts for _, _, size in _extents(part))
     remarks: set[str] = set()
     done = 0
-    for region, offset, size in parts:
+
+    def advance(size_bytes: int) -> None:
+        nonlocal done
+        done += size_bytes
+        on_progress(done, total)
+
+    states = []
+    for part in parts:
+        _refuse_endless(part)
+        states.append(_restored(reader, part, remarks, advance))
+    if manifests.state_of_parts(states) != snapshot.record.state:
+        name = next(
+            (
+                name
+                for name, part, state in zip(snapshot.record.manifests, parts, states, strict=True)
+                if part.state != state
+            ),
+            snapshot.record.manifests[0],
+        )
+        raise Damaged(
+            f"snapshot {snapshot.short} does not come out as the state that was taken",
+            key=keys.manifest(name),
+        )
+    return Rehearsed(len(whole.leaves), total, tuple(sorted(remarks)))
+
+
+def _restored(reader: Reader, manifest: Manifest, remarks: set[str], advance: Callable[[int], None]) -> str:
+    """The state digest of a part out of what is read, a window at a time."""
+    window = max(WINDOW_BYTES // manifest.grid_bytes, 1) * manifest.grid_bytes
+    extents = _extents(manifest)
+    memory = memoryview(bytearray(min(window, max((size for _, _, size in extents), default=0))))
+    digests: dict[tuple[int, int, int], list[str]] = {}
+    for region, offset, size in extents:
         found: list[str] = []
         for start in range(0, size, window):
             piece = memory[: min(window, size - start)]
             remarks.update(reader.fill(manifest, [Target(region, offset + start, piece)]))
             found += [digest(piece[at : at + count]) for at, count in grid(len(piece), manifest.grid_bytes)]
-            done += len(piece)
-            on_progress(done, total)
+            advance(len(piece))
         digests[region, offset, size] = found
     rows = [
         (
             leaf.name,
             leaf.dtype,
             leaf.shape,
-            [(leaf.slices[0].at, leaf.slices[0].extent, digests[_lies(leaf)])],
+            [(part.at, part.extent, digests[_lies(leaf, part)]) for part in leaf.slices],
         )
         for leaf in manifest.leaves
     ]
-    if manifests.state_digest(rows, manifest.values) != snapshot.record.state:
-        raise Damaged(
-            f"snapshot {snapshot.short} does not come out as the state that was taken",
-            key=f"manifests/{snapshot.record.manifests[0]}",
-        )
-    return Rehearsed(len(manifest.leaves), total, tuple(sorted(remarks)))
+    return manifests.state_digest(rows, manifest.values)
 
 
-def _lies(leaf: StoredLeaf) -> tuple[int, int, int]:
-    """Where the bytes of a leaf lie; those of tied ones lie in one place."""
-    (part,) = leaf.slices
+def _extents(manifest: Manifest) -> dict[tuple[int, int, int], None]:
+    """Where the bytes of slices lie, each place once: those of tied leaves lie in one."""
+    return dict.fromkeys(_lies(leaf, part) for leaf in manifest.leaves for part in leaf.slices)
+
+
+def _lies(leaf: StoredLeaf, part: StoredSlice) -> tuple[int, int, int]:
     return part.region, part.offset, leaf.size_bytes(part)

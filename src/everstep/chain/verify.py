@@ -330,7 +330,7 @@ class _Verifier:
         if self.wants is not None or self._broken_packs(manifest):
             return
         try:
-            if state_of(self.reader, manifest) != manifest.state:
+            if state_of(self.reader, [manifest]) != manifest.state:
                 self._problem(key, "its state digest is not that of its leaves")
         except (Damaged, Unsupported) as error:
             self._problem(key, error.problem)

@@ -1,4 +1,5 @@
-"""From an arena to a committed snapshot: packs, manifest, snapshot record, head, in this order.
+"""From an arena to a committed snapshot: packs, manifest, snapshot record, head, in this order. Of several
+ranks each stores its part, and rank 0 commits.
 
 Before the head exists nothing has happened: a writer may be killed at any instant, and what it has put is
 unreachable. What is put is immutable and named by its digest, so that doing it again does no harm.
@@ -11,13 +12,14 @@ import secrets
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import msgspec
 
+from everstep.chain.describing import Described
 from everstep.chain.doomed import Doomed
 from everstep.chain.encoding import Encoder, Encodings, Measured
 from everstep.chain.fence import fence_former
@@ -25,24 +27,15 @@ from everstep.chain.history import MAIN, Chain, Snapshot, now
 from everstep.chain.lanes import idle_cores
 from everstep.chain.lease import Lease
 from everstep.chain.names import exists
-from everstep.chain.packing import Before, Draft, Extent, Packing, Wave
+from everstep.chain.packing import Before, Draft, Packing, Wave
+from everstep.chain.parts import Part
 from everstep.chain.relocations import Relocations
-from everstep.errors import Conflict, Damaged, NotFound, Unavailable
+from everstep.errors import Conflict, Damaged, Mismatch, NotFound, Unavailable
 from everstep.format import keys, pack, record
 from everstep.format import manifest as manifests
 from everstep.format.chunk import Buffer, digest
 from everstep.format.layout import Layout
-from everstep.format.manifest import (
-    Manifest,
-    Place,
-    StoredChunk,
-    StoredLeaf,
-    StoredRegion,
-    StoredSlice,
-    leaf_head,
-    slice_head,
-    state_hasher,
-)
+from everstep.format.manifest import Manifest, Place, state_of_parts
 from everstep.format.record import HeadRecord, Number, Origin, SnapshotRecord
 
 __all__ = ["Captured", "Facts", "Wave", "Writer"]
@@ -98,21 +91,33 @@ class Facts:
 
 
 class _Pruned(Exception):
-    """Something that a snapshot was about to rely on is doomed, or gone. `memory` still holds the state, if
-    it is in one piece."""
+    """Something that a snapshot was about to rely on is doomed, or gone."""
 
-    def __init__(self, names: set[str], memory: memoryview | None) -> None:
+    def __init__(self, names: set[str]) -> None:
         super().__init__(names)
         self.names = names
-        self.memory = memory
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A part that this writer has stored; `memory` still holds it, if it is in one piece. Costs are in
+    milliseconds."""
+
+    part: Part
+    manifest: Manifest
+    draft: Draft
+    memory: memoryview | None
+    costs: dict[str, float]
 
 
 class Writer:
-    """Commits snapshots to one branch of a chain, one at a time, while it holds the lease.
+    """Commits snapshots to one branch of a chain, one at a time, while it holds the lease. Of several ranks
+    each has one: with all but rank 0's nothing is done but `store_part`.
 
     Args:
         chain: where to.
-        lease: the right to write; asked again before each commit.
+        lease: the right to write; asked again before each commit. A rank that does not commit is given rank
+            0's number, and its lease is never asked.
         branch: whose head advances.
         parent: the id of the snapshot that the next one follows on; "" for none.
         encodings: how new chunks are stored; by default measured, so that none is durable later for it.
@@ -145,8 +150,12 @@ class Writer:
         self._relocations = Relocations(chain.store)
         self._first = True
         """Whether a former writer of the branch may not be fenced yet."""
-        self._described: _Described | None = None
+        self._described: Described | None = None
         self._earlier: deque[_Earlier] = deque(maxlen=MEMORIES)
+        self._stored: _Stored | None = None
+        """The last part of `store_part`, without its memory."""
+        self._dropped = False
+        """Whether a prune of one's own was not looked for in what other ranks rely on."""
 
     @property
     def encodings(self) -> Encodings:
@@ -180,6 +189,13 @@ class Writer:
     def has_pruned(self, records: list[int]) -> None:
         """A prune with records of these numbers was made under this lease, after `forget_packs`."""
         self._doomed.know(records)
+        self._dropped = True
+
+    def look_again(self) -> None:
+        """For a rank whose part was not committed: what was pruned meanwhile is not shared with any more. A
+        listing, and one of all packs if there was a prune since the last look."""
+        if self._doomed.look():
+            self._forget_gone(self._packs_there())
 
     def write(self, captured: Captured, facts: Facts) -> Snapshot:
         """Store a state and make it the head of the branch. Blocks; durable on return.
@@ -194,35 +210,96 @@ class Writer:
                 state comes in waves, and somebody has pruned meanwhile what it shares chunks with.
         """
         while True:
+            stored = self._store(captured, 0, 1)
             try:
-                return self._write(captured, facts)
+                snapshot = self._commit([stored.part], facts, stored)
+                self._share(stored)
+                return snapshot
             except _Pruned as pruned:
                 self.forget_packs(pruned.names)
-                if pruned.memory is None:
-                    raise Unavailable(
-                        f"the snapshot of step {facts.step} shares chunks with one that was pruned meanwhile",
-                        kept="those before it are intact",
-                        next="nothing: the next snapshot does without them",
-                    ) from pruned
-                captured = Captured.whole(captured.layout, pruned.memory, captured.values)
+                if stored.memory is None:
+                    raise _shares_pruned(facts) from pruned
+                captured = Captured.whole(captured.layout, stored.memory, captured.values)
 
-    def _write(self, captured: Captured, facts: Facts) -> Snapshot:
+    def store_part(self, captured: Captured, rank: int, ranks: int) -> Part:
+        """Store what one rank has of a state: packs, then the manifest. Blocks; durable on return. No head is
+        moved, the lease is not asked, and nobody is told: see `parts.announce`.
+
+        Of several ranks, chunks are shared with the last part alone, committed or not: that is one that no
+        prune of rank 0's takes anything from.
+
+        Raises:
+            Unavailable: the store has no room or does not answer.
+        """
+        stored = self._store(captured, rank, ranks)
+        if ranks > 1:
+            self._recent.clear()
+            self._share(stored)
+        # The memory is the caller's again.
+        self._stored = replace(stored, memory=None)
+        return stored.part
+
+    def commit(self, parts: Sequence[Part], facts: Facts) -> Snapshot:
+        """Make a state whose parts are all stored the head of the branch. Blocks for a few requests; durable
+        on return. The costs of the record are those of this writer's own part, and those in `facts`.
+
+        Args:
+            parts: those of all ranks, in any order.
+
+        Raises:
+            Mismatch: they are not one of each rank; nothing was touched.
+            Fenced: another writer has taken over; the head was not moved.
+            Unavailable: the store does not answer, see `write`; or something was pruned that a part relies
+                on: the head was not moved, and before the next take all ranks `look_again`.
+        """
+        mine = self._stored if self._stored is not None and self._stored.part in parts else None
+        try:
+            snapshot = self._commit(parts, facts, mine)
+            if mine is not None and len(parts) == 1:
+                self._share(mine)
+            return snapshot
+        except _Pruned as pruned:
+            self.forget_packs(pruned.names)
+            raise _shares_pruned(facts) from pruned
+
+    def _store(self, captured: Captured, rank: int, ranks: int) -> _Stored:
         computed, begun = self._thread_clock(), self._clock()
         draft = Draft(captured.layout)
         memory = self._store_chunks(draft, captured)
         stored = self._clock()
-        manifest = self._manifest(draft, captured.values)
-        name = self._put_manifest(manifest)
+        manifest = self._describe(draft.layout).manifest(draft, captured.values, rank, ranks)
+        name, made = self._put_manifest(manifest)
         draft.cpu_s += self._thread_clock() - computed
         costs = {"store": (stored - begun) * 1e3, "manifest": (self._clock() - stored) * 1e3}
-        snapshot = self._snapshot(draft, facts, manifest.state, name, {**costs, **draft.costs()})
-        self._refuse_pruned(manifest, name, memory)
+        relies = sorted(manifest.packs.keys() - draft.made) + ([] if made else [name])
+        part = Part(
+            rank=rank,
+            ranks=ranks,
+            manifest=name,
+            state=manifest.state,
+            logical_bytes=draft.layout.logical_bytes,
+            new_bytes=draft.new_bytes,
+            stored_bytes=sum(draft.stored),
+            relies=tuple(relies),
+        )
+        return _Stored(part, manifest, draft, memory, {**costs, **draft.costs()})
+
+    def _commit(self, parts: Sequence[Part], facts: Facts, mine: _Stored | None) -> Snapshot:
+        parts = sorted(parts, key=lambda part: part.rank)
+        wanted = [(rank, len(parts)) for rank in range(len(parts))]
+        if not parts or [(part.rank, part.ranks) for part in parts] != wanted:
+            ranks = ", ".join(f"{part.rank} of {part.ranks}" for part in parts[:8])
+            raise Mismatch(f"these are not the parts of all ranks: {ranks}", kept="nothing was touched")
+        snapshot = self._snapshot(parts, facts, {} if mine is None else mine.costs)
+        self._refuse_pruned(parts, mine)
         self._advance(snapshot)
         self.parent = snapshot.id
-        self.build_on(manifest)
-        if memory is not None:
-            self._remember(memory, draft, manifest)
         return snapshot
+
+    def _share(self, stored: _Stored) -> None:
+        self.build_on(stored.manifest)
+        if stored.memory is not None:
+            self._remember(stored.memory, stored.draft, stored.manifest)
 
     # -- chunks and packs ---------------------------------------------------------------------------------
 
@@ -273,9 +350,12 @@ class Writer:
     def _put_pack(self, draft: Draft, builder: pack.Builder) -> None:
         begun = self._clock()
         name, parts = builder.finish()
-        if not self._put_named(keys.pack, name, parts):
+        made = self._put_named(keys.pack, name, parts)
+        if made is None:
             name, parts = builder.finish(salt=secrets.token_bytes(16))
-            self._put_named(keys.pack, name, parts)
+            made = self._put_named(keys.pack, name, parts)
+        if made:
+            draft.made.add(name)
         size_bytes = sum(map(len, parts))
         self.encodings.put(size_bytes, self._clock() - begun)
         draft.packs[name] = size_bytes
@@ -285,33 +365,41 @@ class Writer:
                 name, entry.offset, entry.stored_bytes, entry.encoding, entry.base
             )
 
-    def _put_named(self, key_of: Callable[[str], str], name: str, parts: list[Buffer]) -> bool:
-        """Put an object that is named by its digest. False: the name is taken by one that cannot be relied
-        on: it is damaged, or a prune is about to delete it."""
+    def _put_named(self, key_of: Callable[[str], str], name: str, parts: list[Buffer]) -> bool | None:
+        """Put an object that is named by its digest. True: there was none; False: it was there before. None:
+        the name is taken by one that cannot be relied on: it is damaged, or a prune is about to delete it."""
         if name in self._doomed.names:
-            return False
+            return None
         if self.chain.store.put(key_of(name), parts):
             return True
         try:
-            return _same(self.chain.store.get(key_of(name)), parts)
+            return False if _same(self.chain.store.get(key_of(name)), parts) else None
         except (Damaged, NotFound):
             # Its disk cannot read it, or it went away meanwhile: no object to build on.
-            return False
+            return None
 
-    def _refuse_pruned(self, manifest: Manifest, name: str, memory: memoryview | None) -> None:
+    def _refuse_pruned(self, parts: Sequence[Part], mine: _Stored | None) -> None:
         """Look whether somebody prunes, or has pruned, what this snapshot relies on. All of it that is new is
         put by now, so that a prune that begins after this finds it and spares what it needs."""
         news = self._doomed.look()
-        taken = {name, *manifest.packs} & self._doomed.names
-        if news:
+        several = len(parts) > 1
+        names = {part.manifest for part in parts}
+        relied = {name for part in parts for name in part.relies}
+        if mine is not None and not several:
+            relied |= {*mine.manifest.packs, *names}
+        taken = (relied | names) & self._doomed.names
+        if (news or (several and self._dropped)) and relied:
             there = self._packs_there()
-            # What later snapshots might have shared, too: nothing tells of it once more.
-            self.forget_packs({pack for one in self._recent for pack in one.packs} - there)
-            taken |= manifest.packs.keys() - there
-            if not exists(self.chain.store, keys.manifest(name)):
-                taken.add(name)
+            self._forget_gone(there)
+            taken |= relied - names - there
+            taken |= {name for name in relied & names if not exists(self.chain.store, keys.manifest(name))}
         if taken:
-            raise _Pruned(taken, memory)
+            raise _Pruned(taken)
+        self._dropped = False
+
+    def _forget_gone(self, there: set[str]) -> None:
+        """What later snapshots might have shared, too: nothing tells of it once more."""
+        self.forget_packs({pack for one in self._recent for pack in one.packs} - there)
 
     def _packs_there(self) -> set[str]:
         """By one listing."""
@@ -319,70 +407,51 @@ class Writer:
 
     # -- manifest, snapshot, head -------------------------------------------------------------------------
 
-    def _describe(self, layout: Layout) -> _Described:
+    def _describe(self, layout: Layout) -> Described:
         if self._described is None or self._described.layout is not layout:
-            self._described = _Described(layout, self.chain.about.grid_bytes)
+            self._described = Described(layout, self.chain.about.grid_bytes)
         return self._described
 
-    def _manifest(self, draft: Draft, values: bytes) -> Manifest:
-        described = self._describe(draft.layout)
-        numbers = {name: number for number, name in enumerate(draft.sizes)}
-        return Manifest(
-            format=manifests.FORMAT,
-            grid_bytes=self.chain.about.grid_bytes,
-            leaves=described.leaves,
-            regions=tuple(
-                StoredRegion(region.size_bytes, tuple(numbers[name] for name in names))
-                for region, names in zip(draft.layout.regions, draft.digests, strict=True)
-            ),
-            chunks=tuple(StoredChunk(name, size) for name, size in draft.sizes.items()),
-            places=tuple(draft.places[name] for name in draft.sizes),
-            # In an order of their own: packs are put while others are found.
-            packs=dict(sorted(draft.packs.items())),
-            values=values,
-            state=described.state_digest(draft, values),
-        )
-
-    def _put_manifest(self, manifest: Manifest) -> str:
-        """Store a manifest; returns its name."""
+    def _put_manifest(self, manifest: Manifest) -> tuple[str, bool]:
+        """Store a manifest; returns its name, and whether it was not there before."""
         encoded = manifests.encode(manifest)
         name = digest(encoded)
-        if not self._put_named(keys.manifest, name, [encoded]):
+        made = self._put_named(keys.manifest, name, [encoded])
+        if made is None:
             encoded = manifests.encode(_salted(manifest))
             name = digest(encoded)
-            self._put_named(keys.manifest, name, [encoded])
-        return name
+            made = self._put_named(keys.manifest, name, [encoded])
+        return name, bool(made)
 
-    def _snapshot(
-        self, draft: Draft, facts: Facts, state: str, manifest: str, costs: dict[str, float]
-    ) -> Snapshot:
+    def _snapshot(self, parts: Sequence[Part], facts: Facts, costs: dict[str, float]) -> Snapshot:
         costs = {**facts.costs, **costs}
         if facts.begun is not None:
             costs["durable"] = (time.monotonic() - facts.begun) * 1e3
+        reasons = itertools.chain(facts.approximate, *(part.approximate for part in parts))
         made = SnapshotRecord(
-            format=manifests.FORMAT,
+            format=_format(parts),
             step=facts.step,
             epoch=facts.epoch,
-            state=state,
-            manifests=(manifest,),
+            state=state_of_parts([part.state for part in parts]),
+            manifests=tuple(part.manifest for part in parts),
             taken_at=facts.taken_at,
             branch=self.branch,
             writer=self.lease.number,
             parents=(self.parent,) if self.parent else (),
             trigger=facts.trigger,
             note=facts.note,
-            logical_bytes=draft.layout.logical_bytes,
-            new_bytes=draft.new_bytes,
-            stored_bytes=sum(draft.stored),
+            logical_bytes=sum(part.logical_bytes for part in parts),
+            new_bytes=sum(part.new_bytes for part in parts),
+            stored_bytes=sum(part.stored_bytes for part in parts),
             metrics=facts.metrics,
-            approximate=facts.approximate,
+            approximate=tuple(dict.fromkeys(reasons)),
             environment=facts.environment,
             costs={name: round(cost, 3) for name, cost in costs.items()},
             origin=facts.origin,
         )
         encoded = record.encode(made)
         name = digest(encoded)
-        if not self._put_named(keys.snapshot, name, [encoded]):
+        if self._put_named(keys.snapshot, name, [encoded]) is None:
             raise Damaged(f"snapshot record {name} exists and is damaged", key=keys.snapshot(name))
         return Snapshot(name, made)
 
@@ -403,6 +472,7 @@ class Writer:
                 at=now(),
                 branch=self.branch,
                 number=self.chain.head_number(self.branch) + 1,
+                format=snapshot.record.format,
             )
             self.lease.check()
             if self.chain.store.put(mine.key, [record.seal(mine)]):
@@ -422,37 +492,16 @@ class Writer:
                 )
 
 
-class _Described:
-    """What all snapshots of one layout say alike, made once: thousands of leaves take their time."""
+def _format(parts: Sequence[Part]) -> int:
+    return manifests.SEVERAL if len(parts) > 1 else manifests.FORMAT
 
-    def __init__(self, layout: Layout, grid_bytes: int) -> None:
-        self.layout = layout
-        self.leaves = tuple(
-            StoredLeaf(one.name, one.dtype, one.shape, (StoredSlice(one.at, one.extent, *place),))
-            for one, place in zip(layout.slices, layout.places, strict=True)
-        )
-        self._grid_bytes = grid_bytes
-        self._heads: list[tuple[bytes, Extent]] = []
-        """In the order of the state digest: its input before a slice's digests, and where the slice lies."""
-        self.shared: dict[int, list[Extent]] = {}
-        """By region, the slices that are not all of it."""
-        pairs = zip(layout.slices, layout.places, strict=True)
-        for one, (region, offset) in sorted(pairs, key=lambda pair: pair[0].name.encode()):
-            chunks = -(-one.size_bytes // grid_bytes)
-            head = leaf_head(one.name, one.dtype, one.shape, 1) + slice_head(one.at, one.extent, chunks)
-            extent = (region, offset, one.size_bytes)
-            self._heads.append((head, extent))
-            if one.alias is None and extent != (region, 0, layout.regions[region].size_bytes):
-                self.shared.setdefault(region, []).append(extent)
 
-    def state_digest(self, draft: Draft, values: bytes) -> str:
-        """The state digest of a state of this layout whose chunks were digested."""
-        hasher = state_hasher(len(self._heads))
-        for head, extent in self._heads:
-            names = draft.slices[extent] if extent in draft.slices else draft.digests[extent[0]]
-            hasher.update(head + bytes.fromhex("".join(names)))
-        hasher.update(values)
-        return hasher.hexdigest()
+def _shares_pruned(facts: Facts) -> Unavailable:
+    return Unavailable(
+        f"the snapshot of step {facts.step} shares chunks with one that was pruned meanwhile",
+        kept="those before it are intact",
+        next="nothing: the next snapshot does without them",
+    )
 
 
 @dataclass(frozen=True)

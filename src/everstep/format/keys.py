@@ -13,6 +13,7 @@ SNAPSHOTS = "snapshots/"
 HEADS = "heads/"
 TAGS = "tags/"
 LEASES = "leases/"
+PARTS = "parts/"
 PRUNES = "prunes/"
 REPLICAS = "replicas/"
 STEPLOG = "steplog/"
@@ -70,6 +71,21 @@ def steplog(branch: str) -> str:
 def segment(branch: str, writer: int, step: int) -> str:
     """The key of the segment whose first record is of `step`; these count up."""
     return f"{steplog(branch)}{writer:016x}/{step:016x}"
+
+
+def parts(branch: str, writer: int | None = None, take: int | None = None) -> str:
+    """The prefix of the part records of a branch, of one writer of it, or of one take of that."""
+    prefix = f"{PARTS}{checked(branch, 'branch')}/"
+    for number in (writer, take):
+        if number is None:
+            return prefix
+        prefix += f"{number:016x}/"
+    return prefix
+
+
+def part(branch: str, writer: int, take: int, rank: int) -> str:
+    """The key of the part record of a rank; these count up."""
+    return f"{PARTS}{branch}/{writer:016x}/{take:016x}/{rank:016x}"
 
 
 def can_name(name: str) -> bool:

@@ -65,12 +65,17 @@ def item_bytes(dtype: str) -> int:
     return int(next(size for size in match.groups() if size))
 
 
+Box: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+"""(at, extent): so many elements from so many on, in each dimension of a leaf."""
+
+
 @dataclass(frozen=True)
 class Slice:
-    """The part of a leaf that a rank holds.
+    """A box of a leaf that a rank stores; of one leaf there may be several.
 
-    `shape` is the whole leaf's; `at` and `extent` say where the part lies in it and how large it is (for a
-    whole leaf: zeros and `shape`). `alias` names the slice whose bytes these are too (tied weights).
+    `shape` is the whole leaf's; `at` and `extent` say where the box lies in it and how large it is (for a
+    whole leaf: zeros and `shape`). `alias` names the leaf whose bytes these are too (tied weights): those of
+    its slice with the same box.
     """
 
     name: str
@@ -84,6 +89,10 @@ class Slice:
     @cached_property
     def size_bytes(self) -> int:
         return math.prod(self.extent) * item_bytes(self.dtype)
+
+    @property
+    def box(self) -> Box:
+        return self.at, self.extent
 
 
 @dataclass(frozen=True)
@@ -160,9 +169,14 @@ class Layout:
 
 
 def lay_out(slices: Sequence[Slice]) -> Layout:
-    """Give each slice its place. The same slices in the same order always give the same layout."""
+    """Give each slice its place. The same slices in the same order always give the same layout.
+
+    Raises:
+        KeyError: there is no slice with the bytes of an alias.
+        ValueError: a box of a leaf is there twice.
+    """
     regions: list[Region] = []
-    places: dict[str, tuple[int, int]] = {}
+    places: dict[tuple[str, Box], tuple[int, int]] = {}
     end = 0
 
     def add_region(size_bytes: int, word_bytes: int, kin: Kin) -> int:
@@ -175,7 +189,7 @@ def lay_out(slices: Sequence[Slice]) -> Layout:
         kindred = [one for one in slices if one.kin == kin and one.alias is None]
         for one in kindred:
             if one.size_bytes >= SMALL_BYTES:
-                places[one.name] = (add_region(one.size_bytes, _word_bytes(one.dtype), kin), 0)
+                places[one.name, one.box] = (add_region(one.size_bytes, _word_bytes(one.dtype), kin), 0)
         small = [one for one in kindred if one.size_bytes < SMALL_BYTES]
         offset = 0
         for one in small:
@@ -183,11 +197,13 @@ def lay_out(slices: Sequence[Slice]) -> Layout:
             if offset + size_bytes > SHARED_BYTES:
                 add_region(offset, 4, kin)
                 offset = 0
-            places[one.name] = (len(regions), offset)
+            places[one.name, one.box] = (len(regions), offset)
             offset += size_bytes
         if small:
             add_region(offset, 4, kin)
-    ordered = tuple(places[one.alias or one.name] for one in slices)
+    if len({(one.name, one.box) for one in slices}) < len(slices):
+        raise ValueError("a box of a leaf is there twice")
+    ordered = tuple(places[one.alias or one.name, one.box] for one in slices)
     return Layout(tuple(slices), ordered, tuple(regions))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Annotated, TypeAlias, TypeVar
 
 import msgspec
@@ -21,15 +22,21 @@ from everstep.format.chunk import (
     Encoding,
     decompress,
 )
-from everstep.format.layout import item_bytes
+from everstep.format.layout import Box, item_bytes
 from everstep.format.values import Value, varint
 from everstep.format.values import decode as decode_values
 
 FORMAT = 1
 """What is written, unless it says what a reader of this format could misread."""
 
-NEWEST_FORMAT = 2
-"""What is read: 2 has relocation records, and the fences that go before them."""
+RELOCATED, SEVERAL = 2, 3
+"""What has relocation records, and the fences that go before them; what has several ranks, or slices."""
+
+NEWEST_FORMAT = SEVERAL
+"""What is read."""
+
+OWN = "~rank/"
+"""Names of leaves that only one rank can make sense of begin so, and with its number."""
 
 OBJECTS, RUN = "objects", "run"
 """The two parts of the values tree: what the user handed over by name, and what the run itself keeps."""
@@ -48,7 +55,7 @@ MAX_NAME_CHARACTERS = 4096
 MAX_DTYPE_CHARACTERS = 64
 MAX_SALT_CHARACTERS = 64
 MAX_COUNT = 1 << 62
-MAX_RANKS = 1 << 20
+MAX_RANKS = 1 << 15
 
 Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
@@ -62,6 +69,10 @@ class StoredSlice(msgspec.Struct, frozen=True, array_like=True):
     extent: Shape
     region: Count
     offset: Count
+
+    @property
+    def box(self) -> Box:
+        return self.at, self.extent
 
 
 class StoredLeaf(msgspec.Struct, frozen=True, array_like=True):
@@ -77,6 +88,12 @@ class StoredLeaf(msgspec.Struct, frozen=True, array_like=True):
         for extent in part.extent:
             size *= extent
         return size
+
+    @property
+    def whole(self) -> StoredSlice | None:
+        """The one slice that is all of the leaf; None where it is in several."""
+        part = self.slices[0]
+        return part if len(self.slices) == 1 and part.extent == self.shape else None
 
 
 class StoredRegion(msgspec.Struct, frozen=True, array_like=True):
@@ -104,7 +121,8 @@ class Place(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
-    """One rank's part of a snapshot. `chunks[i]` lies at `places[i]`; `packs` gives each pack's size in
+    """One rank's part of a snapshot, or all of it: one rank's is, and what `joining.join` makes of several,
+    which is never stored. `chunks[i]` lies at `places[i]`; `packs` gives each pack's size in
     bytes. `values` is the encoded tree of plain values in which a `Leaf` stands for each tensor.
 
     `state` is the state digest of this part. `salt` is empty, unless an object with this manifest's name
@@ -258,11 +276,10 @@ def refuse_newer(text: Buffer, what: str) -> None:
 
 
 def _check(manifest: Manifest) -> None:
-    if (manifest.rank, manifest.ranks) != (0, 1):
-        raise Unsupported(
-            f"a manifest is of rank {manifest.rank} of {manifest.ranks}; this Everstep reads only one",
-            kept="nothing was touched",
-            next="pip install -U everstep",
+    several = manifest.format >= SEVERAL
+    if manifest.rank >= manifest.ranks or (manifest.ranks > 1 and not several):
+        raise Damaged(
+            f"a manifest of format {manifest.format} is of rank {manifest.rank} of {manifest.ranks}"
         )
     if len(manifest.places) != len(manifest.chunks):
         raise Damaged("a manifest has chunks without a place")
@@ -275,8 +292,14 @@ def _check(manifest: Manifest) -> None:
     for region in manifest.regions:
         _check_region(manifest, region)
     for leaf in manifest.leaves:
+        if not leaf.slices or not (several or leaf.whole):
+            raise Damaged(f"leaf {leaf.name!r} has {len(leaf.slices)} slices, or one that is not all of it")
+        if leaf.name.startswith(OWN) and not leaf.name.startswith(f"{OWN}{manifest.rank}/"):
+            raise Damaged(f"leaf {leaf.name!r} is in the manifest of rank {manifest.rank}")
         for part in leaf.slices:
             _check_slice(manifest, leaf, part)
+        if any(one.box >= other.box for one, other in pairwise(leaf.slices)):
+            raise Damaged(f"the slices of leaf {leaf.name!r} are not in order")
 
 
 def _check_place(manifest: Manifest, chunk: StoredChunk, place: Place) -> None:
@@ -340,6 +363,14 @@ def state_digest(
             hasher.update(slice_head(at, extent, len(digests)) + bytes.fromhex("".join(digests)))
     hasher.update(encoded_values)
     return hasher.hexdigest()
+
+
+def state_of_parts(states: Sequence[str]) -> str:
+    """The state digest of a snapshot out of those of its parts, in the order of the ranks."""
+    if len(states) == 1:
+        return states[0]
+    head = b"everstep state 2\n" + varint(len(states))
+    return blake3(head + bytes.fromhex("".join(states))).hexdigest()
 
 
 def state_hasher(leaves: int) -> blake3:

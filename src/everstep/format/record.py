@@ -14,7 +14,16 @@ import msgspec
 from everstep.errors import Damaged, Unsupported
 from everstep.format import keys
 from everstep.format.chunk import ALIGNMENT_BYTES, GRID_BYTES, MAX_CHUNK_BYTES, Buffer, digest
-from everstep.format.manifest import FORMAT, MAX_COUNT, NEWEST_FORMAT, Count, Digest, refuse_newer
+from everstep.format.manifest import (
+    FORMAT,
+    MAX_COUNT,
+    MAX_RANKS,
+    RELOCATED,
+    SEVERAL,
+    Count,
+    Digest,
+    refuse_newer,
+)
 
 MAX_RECORD_BYTES = 4 * 1024 * 1024
 MAX_SEGMENT_BYTES = 256 * 1024 * 1024
@@ -58,16 +67,17 @@ class SnapshotRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """A snapshot: immutable, complete, restorable.
 
     `step` counts finished steps over all epochs, `epoch` finished epochs. `state` is the state digest.
-    `new_bytes` were not in the chain before (raw), `stored_bytes` is what they took in packs. `approximate`
-    says why a resume from it cannot be exact (empty: it can). `costs` are milliseconds by phase, and bytes
-    where the name ends in `_bytes`. `origin` is what the run began with, where that is in another chain.
+    `manifests` has one for each rank. `new_bytes` were not in the chain before (raw), `stored_bytes` is what
+    they took in packs. `approximate` says why a resume from it cannot be exact (empty: it can). `costs` are
+    milliseconds by phase, and bytes where the name ends in `_bytes`. `origin` is what the run began with,
+    where that is in another chain.
     """
 
     format: int
     step: Count
     epoch: Count
     state: Digest
-    manifests: Annotated[tuple[Digest, ...], msgspec.Meta(min_length=1)]
+    manifests: Annotated[tuple[Digest, ...], msgspec.Meta(min_length=1, max_length=MAX_RANKS)]
     taken_at: str
     branch: str
     writer: Count
@@ -129,7 +139,7 @@ class HeadRecord(msgspec.Struct, frozen=True):
 class TagRecord(msgspec.Struct, frozen=True):
     """The newest one of a tag says which snapshot it names; "" when the tag was taken away."""
 
-    snapshot: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$", max_length=64)]
+    snapshot: OptionalDigest
     nonce: str
     at: str
     name: str
@@ -162,6 +172,42 @@ class LeaseRecord(msgspec.Struct, frozen=True):
     @property
     def key(self) -> str:
         return keys.numbered(f"{keys.LEASES}{self.branch}/" if self.branch else keys.LEASES, self.number)
+
+
+OptionalDigest: TypeAlias = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$", max_length=64)]
+
+
+class PartRecord(msgspec.Struct, frozen=True):
+    """What one rank has put of a snapshot that is not committed yet; or, with `withdrawn`, why it gives up.
+
+    `relies` are the packs, and perhaps the manifest, that were there before the rank put them.
+    """
+
+    branch: str
+    writer: Count
+    take: Count
+    rank: Count
+    ranks: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
+    manifest: OptionalDigest
+    state: OptionalDigest
+    nonce: str
+    at: str
+    withdrawn: str = ""
+    logical_bytes: Count = 0
+    new_bytes: Count = 0
+    stored_bytes: Count = 0
+    approximate: tuple[str, ...] = ()
+    relies: tuple[Digest, ...] = ()
+    format: int = SEVERAL
+
+    @property
+    def key(self) -> str:
+        return keys.part(self.branch, self.writer, self.take, self.rank)
+
+    def is_sound(self) -> bool:
+        """Whether it says what a part is, or why there is none."""
+        there = bool(self.manifest and self.state)
+        return self.rank < self.ranks and (there if not self.withdrawn else not (self.manifest or self.state))
 
 
 class PruneRecord(msgspec.Struct, frozen=True):
@@ -213,7 +259,7 @@ class RelocationRecord(msgspec.Struct, frozen=True):
     nonce: str
     at: str
     number: RecordNumber
-    format: int = NEWEST_FORMAT
+    format: int = RELOCATED
 
     @property
     def key(self) -> str:
@@ -247,7 +293,14 @@ class ReplicasRecord(msgspec.Struct, frozen=True):
 
 
 SealedRecord: TypeAlias = (
-    ChainRecord | HeadRecord | TagRecord | LeaseRecord | PruneRecord | RelocationRecord | ReplicasRecord
+    ChainRecord
+    | HeadRecord
+    | TagRecord
+    | LeaseRecord
+    | PartRecord
+    | PruneRecord
+    | RelocationRecord
+    | ReplicasRecord
 )
 """Each says with `key` where it belongs."""
 
@@ -256,6 +309,7 @@ SEALED_KINDS: dict[str, type[SealedRecord]] = {
     keys.HEADS: HeadRecord,
     keys.TAGS: TagRecord,
     keys.LEASES: LeaseRecord,
+    keys.PARTS: PartRecord,
     keys.PRUNES: PruneRecord,
     keys.RELOCATIONS: RelocationRecord,
     keys.REPLICAS: ReplicasRecord,
@@ -345,12 +399,10 @@ def decode(data: Buffer, kind: type[Record]) -> Record:
         record = msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, RecursionError, ValueError) as error:
         raise Damaged(f"a {what} cannot be read: {error}") from error
-    if isinstance(record, SnapshotRecord) and len(record.manifests) > 1:
-        raise Unsupported(
-            f"a snapshot is of {len(record.manifests)} ranks; this Everstep reads those of one rank",
-            kept="nothing was touched",
-            next="pip install -U everstep",
-        )
+    if isinstance(record, SnapshotRecord) and len(record.manifests) > 1 and record.format < SEVERAL:
+        raise Damaged(f"a snapshot record of format {record.format} is of {len(record.manifests)} ranks")
+    if isinstance(record, PartRecord) and not record.is_sound():
+        raise Damaged("a part record contradicts itself")
     if isinstance(record, RelocationRecord) and not record.is_sound():
         raise Damaged("a relocation record names a place where no chunk can be")
     return record

@@ -491,7 +491,7 @@ def layout(slices: Sequence[Piece]) -> Layout:
             raise Damaged(f"slice {one.name[:60]!r} contradicts itself")
     try:
         laid = lay_out(made)
-    except (KeyError, Unsupported) as error:
+    except (KeyError, ValueError, Unsupported) as error:
         raise Damaged(f"slices cannot be laid out: {error}"[:MAX_SHORT]) from error
     if laid.arena_bytes > MAX_ARENA_BYTES:
         raise Damaged("slices are larger than any arena")

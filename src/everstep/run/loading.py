@@ -10,7 +10,7 @@ import torch
 from everstep.chain.history import Chain, Snapshot
 from everstep.chain.reader import Reader, Target
 from everstep.chain.refs import split
-from everstep.errors import Damaged, Mismatch, Unsupported
+from everstep.errors import Damaged, Mismatch
 from everstep.state.lazy import LazyState
 from everstep.store.base import Store
 
@@ -30,10 +30,6 @@ class Loaded(LazyState):
     """
 
     def __init__(self, chain: Chain, snapshot: Snapshot, device: torch.device) -> None:
-        if len(snapshot.record.manifests) != 1:
-            raise Unsupported(
-                f"snapshot {snapshot.short} was taken by several ranks, which this version cannot join"
-            )
         self.snapshot = snapshot
         self.remarks: list[str] = []
         self._chain = chain
