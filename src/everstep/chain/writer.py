@@ -166,6 +166,13 @@ class Writer:
     def encodings(self, encodings: Encodings) -> None:
         self._encoder.encodings = encodings
 
+    def go_on(self, lease: Lease, parent: str) -> None:
+        """Write under another lease from now on, and after this snapshot: the lease before was given back, and
+        others may have written since."""
+        self.lease = lease
+        self.parent = parent
+        self._first = True
+
     def build_on(self, manifest: Manifest) -> None:
         """Chunks of this manifest need not be written again: only for one whose chunks are known good."""
         self._recent.append(manifest)
