@@ -25,11 +25,10 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 
 import everstep
 from everstep import dcp
-from everstep.chain import lease as leases
 from everstep.chain.history import Chain
 from everstep.chain.lease import Lease
 from everstep.chain.verify import verify
-from everstep.errors import Conflict, Damaged, Fenced, Mismatch, NotFound, Unsupported
+from everstep.errors import Conflict, Mismatch, Unsupported
 from everstep.format import keys, record
 from everstep.format.record import LeaseRecord
 from everstep.integrations.dcp import saving
@@ -205,7 +204,7 @@ def test_a_snapshot_is_like_any_other(tmp_path: Path) -> None:
     assert head is not None
     assert (head.record.trigger, head.record.note) == ("dcp", "here")
     assert "random generators" in head.record.approximate[0]
-    assert not verify(Chain(tmp_path / "c")).damage
+    assert not verify(Chain(tmp_path / "c")).findings
 
 
 # -- several ranks -----------------------------------------------------------------------------------------
@@ -234,7 +233,7 @@ def test_several_ranks_save_one_snapshot(tmp_path: Path, planner: type[SavePlann
     assert torch.equal(there["own2"], numbered((2,), first=2))
     assert (there["n"], there["r"]) == (3, 0)
     assert torch.equal(everstep.load(tmp_path / "c")["w"], whole)  # type: ignore[arg-type]
-    assert not verify(Chain(tmp_path / "c")).damage
+    assert not verify(Chain(tmp_path / "c")).findings
 
 
 def test_what_all_ranks_hold_is_written_once_and_by_all(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ class Waves:
 
     def __iter__(self) -> Iterator[Wave]:
         if not self._ranges:
+            # Of nothing, too, it is to be told that it is there.
+            yield Wave(0, memoryview(bytearray()))
             return
         size = max(end - begin for begin, end in self._ranges)
         memory = memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
