@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,16 +12,20 @@ import torch
 from everstep.errors import Damaged
 from everstep.format import values
 from everstep.format.chunk import digest, grid
+from everstep.format.joining import join
 from everstep.format.layout import lay_out
 from everstep.format.manifest import (
+    SEVERAL,
     Manifest,
     Place,
     StoredChunk,
     StoredLeaf,
     StoredRegion,
     StoredSlice,
+    decode,
+    encode,
 )
-from everstep.state.collecting import Collector
+from everstep.state.collecting import Collected, Collector
 from everstep.state.tree import Tensorlike
 
 GRID_BYTES = 4096
@@ -61,35 +65,54 @@ class Stored:
 def stored(objects: Mapping[str, object], grid_bytes: int = GRID_BYTES) -> Stored:
     """A snapshot of these objects at step 7."""
     collected = Collector().collect(objects, position=None, progress={"step": 7, "epoch": 1})
+    return part_of(collected, grid_bytes=grid_bytes)
+
+
+def part_of(collected: Collected, rank: int = 0, ranks: int = 1, grid_bytes: int = GRID_BYTES) -> Stored:
+    """What a rank stores of what it has collected."""
     layout = lay_out(collected.slices(collected.rows()))
+    sources = list(collected.leaves.values())
     regions = [bytearray(region.size_bytes) for region in layout.regions]
-    for one, (number, offset) in zip(layout.slices, layout.places, strict=True):
-        regions[number][offset : offset + one.size_bytes] = bytes_of(collected.leaves[one.name])
+    for one, source, (number, offset) in zip(layout.slices, sources, layout.places, strict=True):
+        regions[number][offset : offset + one.size_bytes] = bytes_of(source)
     chunks: dict[str, StoredChunk] = {}
+    numbers: dict[str, int] = {}
     made = []
     for region in regions:
-        numbers = []
+        of_region = []
         for start, size in grid(len(region), grid_bytes):
             chunk = StoredChunk(digest(region[start : start + size]), size)
             chunks.setdefault(chunk.digest, chunk)
-            numbers.append(list(chunks).index(chunk.digest))
-        made.append(StoredRegion(len(region), tuple(numbers)))
+            of_region.append(numbers.setdefault(chunk.digest, len(numbers)))
+        made.append(StoredRegion(len(region), tuple(of_region)))
+    slices: dict[str, list[StoredSlice]] = {}
+    kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for one, place in zip(layout.slices, layout.places, strict=True):
+        kinds[one.name] = one.dtype, one.shape
+        slices.setdefault(one.name, []).append(StoredSlice(one.at, one.extent, *place))
     leaves = tuple(
-        StoredLeaf(one.name, one.dtype, one.shape, (StoredSlice(one.at, one.extent, *place),))
-        for one, place in zip(layout.slices, layout.places, strict=True)
+        StoredLeaf(name, *kinds[name], tuple(sorted(found, key=lambda place: place.box)))
+        for name, found in slices.items()
     )
     manifest = Manifest(
-        format=1,
+        format=1 if ranks == 1 else SEVERAL,
         grid_bytes=grid_bytes,
         leaves=leaves,
         regions=tuple(made),
         chunks=tuple(chunks.values()),
         places=tuple(Place("0" * 64, 0, one.size_bytes) for one in chunks.values()),
-        packs={},
+        packs={"0" * 64: 1 << 30} if ranks > 1 else {},
         values=values.encode(collected.tree),
         state="0" * 64,
+        rank=rank,
+        ranks=ranks,
     )
-    return Stored(manifest, list(map(bytes, regions)))
+    return Stored(decode(encode(manifest)) if ranks > 1 else manifest, list(map(bytes, regions)))
+
+
+def joined(parts: Sequence[Stored]) -> Stored:
+    """A snapshot of several ranks."""
+    return Stored(join([one.manifest for one in parts]), [region for one in parts for region in one.regions])
 
 
 def bytes_of(tensor: Tensorlike) -> bytes:

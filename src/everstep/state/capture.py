@@ -14,10 +14,10 @@ import torch
 
 from everstep.format import values
 from everstep.format.layout import Layout, lay_out
-from everstep.format.values import Value
-from everstep.state.collecting import Collected, Row, memory
+from everstep.state.collecting import Collected, Row
 from everstep.state.copying import Beside, Copied, Move, Pair, Slot, Witness, bytes_of, copy
 from everstep.state.devices import Accelerator, AcceleratorOf, Event, PageLock, accelerator_of
+from everstep.state.sorts import memory
 from everstep.state.streams import Side
 from everstep.state.tree import Tensorlike
 
@@ -38,6 +38,8 @@ class Capture:
         unchanged: the numbers of regions that are as the arena's last capture left them.
         changed: leaves that were written to while they were copied: then the arena is of no use.
         stale: frozen leaves that had changed although nothing said so; they were captured as they are now.
+        sample: of many ranks, by which they tell whether what they hold alike is still alike (`have_parted`);
+            empty before `copied`, and where nothing is held alike.
         remarks: what went less well than it could, a sentence each.
         copy_ms, cpu_ms: how long the copy took, and the time its threads worked.
         handed_at: the `time.monotonic()` when the loop could go on.
@@ -47,6 +49,7 @@ class Capture:
 
     def __init__(self) -> None:
         self.values = b""
+        self.sample = b""
         self.copied = threading.Event()
         self.done = threading.Event()
         self.unchanged: frozenset[int] = frozenset()
@@ -185,6 +188,7 @@ class Capturer:
                     with _on(witness.side):
                         witness.look()
             # At once in any case: what may change while the loop goes on.
+            collected.watch.look(late=False, where=work.on)
             held = _copy(slot, "now", work.now, work.sides)
             for side, mark in _marks(work.sides):
                 side.hold_back(mark)
@@ -192,7 +196,7 @@ class Capturer:
             _stop(work.sides)
             slot.copied.clear()
             raise
-        complete = partial(self._complete, capture, collected.tree, slot, work, held, then)
+        complete = partial(self._complete, capture, collected, slot, work, held, then)
         capture.cpu_ms = (time.thread_time() - worked) * 1e3
         if beside:
             capture.handed_at = time.monotonic()
@@ -267,7 +271,7 @@ class Capturer:
     def _complete(
         self,
         capture: Capture,
-        tree: Value,
+        collected: Collected,
         slot: Slot,
         work: _Work,
         held: list[Pair],
@@ -278,6 +282,7 @@ class Capturer:
         try:
             if work.sides and slot.lock is None:
                 self._lock(capture, slot, work)
+            collected.watch.look(late=True, where=work.on)
             held += _copy(slot, "late", work.late + work.frozen, work.sides)
             for witness in capture._witnesses:
                 if witness.side is None:
@@ -295,8 +300,9 @@ class Capturer:
                     capture.changed += witness.changed(slot.samples(witness))
             touched = {slot.layout.places[one.number][0] for one in work.copied}
             capture.unchanged = slot.frozen_regions - touched
+            capture.sample = collected.watch.sample(work.on)
             # The tree is this capture's own, of values that nobody changes: it has time until now.
-            capture.values = values.encode(tree)
+            capture.values = values.encode(collected.tree)
         except BaseException as error:
             capture.error = error
             capture.note_asked(())  # Nothing is to wait for a copy that is of no use.
@@ -395,6 +401,10 @@ class _Work:
     @property
     def copied(self) -> list[Move]:
         return [*self.now, *self.late, *self.frozen, *self.stale]
+
+    def on(self, device: torch.device) -> AbstractContextManager[None]:
+        """Within it, what is asked of a device is asked beside the loop, if it has a side."""
+        return _on(next((side for side in self.sides if side.device == device), None))
 
     @property
     def is_worth_a_thread(self) -> bool:

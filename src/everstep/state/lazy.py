@@ -13,6 +13,7 @@ from everstep.errors import NotFound
 from everstep.format.manifest import OBJECTS, RUN, Manifest
 from everstep.state import leaves
 from everstep.state.leaves import Fill, same_bytes, stored_leaf
+from everstep.state.numbering import by_order, is_by_name
 from everstep.state.objects import named
 from everstep.state.restore import restore_part
 from everstep.state.tree import Leaves, Tensorlike, leaf_names, unflatten
@@ -28,7 +29,8 @@ class LazyState(Mapping[str, Tensorlike]):
     """The leaves of a snapshot by name; each is read, and verified, whenever it is asked for, and not kept.
 
     Args:
-        manifest: the snapshot's (of one rank).
+        manifest: the snapshot's; of several ranks the joined one: leaves are whole whatever rank has stored
+            what.
         fill: reads its bytes, verified.
         device: where tensors are to be; on `meta` nothing is read. numpy arrays stay on the host.
     """
@@ -87,14 +89,20 @@ class LazyState(Mapping[str, Tensorlike]):
 
     def state(self, name: str) -> Any:
         """The state of one object as it was: what a module's, optimizer's or scheduler's `load_state_dict`
-        takes, or a plain value. Only that object's bytes are read; tied weights are one tensor.
+        takes, or a plain value. Only that object's bytes are read; tied weights are one tensor. Where ranks
+        had different values, those of the lowest rank. An optimizer's parameters have numbers; those of
+        several ranks in the order of the groups, and one that is not in the lowest rank's groups keeps its
+        name.
 
         Blocks. Raises NotFound where there is no such object, Damaged.
         """
         if name not in self._saved:
             raise NotFound(f"the snapshot has no object {name!r}; it has {self._shown()}")
-        read = self._read(leaf_names(self._saved[name]))
-        return unflatten(self._saved[name], read.__getitem__)
+        saved = self._saved[name]
+        if is_by_name(saved):
+            saved = by_order(saved)
+        read = self._read(leaf_names(saved))
+        return unflatten(saved, read.__getitem__)
 
     def into(self, *, only: str = "*", strict: bool = True, **objects: object) -> list[str]:
         """Read straight into live objects, in place; whatever is not handed over is neither read nor touched.

@@ -5,9 +5,11 @@ else piece by piece through small stages, page-locked ones where the tensors are
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import mmap
 import threading
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,16 +18,35 @@ from typing import Any, Protocol, TypeAlias, TypeGuard
 import numpy as np
 import torch
 
-from everstep.errors import Damaged, Unsupported
+from everstep.errors import Damaged
 from everstep.format.chunk import aligned
-from everstep.format.layout import SLICE_ALIGNMENT_BYTES, SMALL_BYTES
+from everstep.format.layout import SLICE_ALIGNMENT_BYTES, SMALL_BYTES, item_bytes
 from everstep.format.manifest import Manifest, StoredLeaf, StoredSlice
 from everstep.state.devices import Accelerator, accelerator_of
+from everstep.state.sharding import (
+    Box,
+    boxes_of,
+    is_sharded,
+    local,
+    overlap,
+    sharded_like,
+    spec_of,
+    views,
+    whole,
+    within,
+)
 from everstep.state.tree import Tensorlike, torch_dtype
 
 CPU = torch.device("cpu")
 STAGE_BYTES = 16 * 1024 * 1024
 """What goes through a stage at once, or a chunk of the chain's grid where that is larger."""
+
+STRETCH_BYTES = 64 * 1024
+"""Where a tensor takes stretches of a slice with gaps between them, from this length on each is read by
+itself; of shorter ones the gaps are read too, into a stage."""
+
+_MANY = 16
+"""Slices of a leaf that are not worth a search."""
 
 LANES = 3
 """So many stages are in use at a time: while one is copied to the device the others are read into."""
@@ -58,23 +79,24 @@ CarrierOf: TypeAlias = Callable[[torch.Tensor], "Carrier | None"]
 
 
 def stored_leaf(manifest: Manifest, name: str) -> StoredLeaf:
-    """The leaf of this name. Raises Damaged where the values name one that is not there, Unsupported where
-    it is spread over several ranks."""
+    """The leaf of this name. Raises Damaged where the values name one that is not there."""
     leaf = manifest.by_name.get(name)
     if leaf is None:
         raise Damaged(f"the snapshot's values name a leaf {name!r} that it does not hold")
-    if len(leaf.slices) != 1 or leaf.slices[0].extent != leaf.shape:
-        raise Unsupported(f"leaf {name} is spread over ranks, which this version cannot join")
     return leaf
 
 
 def same_bytes(leaf: StoredLeaf) -> tuple[object, ...]:
-    """What two whole leaves have in common exactly when they are the same bytes seen in the same way (tied
+    """What two leaves have in common exactly when they are the same bytes seen in the same way (tied
     weights)."""
-    (part,) = leaf.slices
-    if not leaf.size_bytes(part):
+    if not size_bytes_of(leaf):
         return (leaf.name,)
-    return (part.region, part.offset, leaf.dtype, leaf.shape)
+    return (leaf.slices, leaf.dtype, leaf.shape)
+
+
+def size_bytes_of(leaf: StoredLeaf) -> int:
+    """Of all of it, over all ranks."""
+    return math.prod(leaf.shape) * item_bytes(leaf.dtype)
 
 
 # -- new memory -------------------------------------------------------------------------------------------
@@ -82,7 +104,7 @@ def same_bytes(leaf: StoredLeaf) -> tuple[object, ...]:
 
 def new(leaves: Mapping[str, StoredLeaf], likes: Mapping[str, Like]) -> dict[str, Tensorlike]:
     """A tensor or array for each leaf, of undefined contents; on the CPU and contiguous but for those that
-    `likes` names.
+    `likes` names. What is like a DTensor and has its shape is one too, placed as that is.
 
     Large ones of the CPU lie in one piece of memory, made for being read into: on page boundaries, which
     spares a copy, and of large pages where the system has them, for the first touch of fresh memory takes
@@ -92,11 +114,15 @@ def new(leaves: Mapping[str, StoredLeaf], likes: Mapping[str, Like]) -> dict[str
     large: dict[str, StoredLeaf] = {}
     for name, leaf in leaves.items():
         like = likes.get(name, CPU)
+        if is_sharded(like) and tuple(like.shape) == leaf.shape:
+            own = torch.empty_like(local(like), dtype=torch_dtype(leaf.dtype))
+            made[name] = sharded_like(own, like)
+            continue
         device = like if isinstance(like, torch.device) else like.device
         if _has_an_order(like, leaf):
             made[name] = torch.empty_like(like, dtype=torch_dtype(leaf.dtype))
         elif leaf.dtype.startswith("numpy:") or device == CPU:
-            if leaf.size_bytes(leaf.slices[0]) >= SMALL_BYTES:
+            if size_bytes_of(leaf) >= SMALL_BYTES:
                 large[name] = leaf
             elif leaf.dtype.startswith("numpy:"):
                 made[name] = np.empty(leaf.shape, _numpy_dtype(leaf))
@@ -110,13 +136,13 @@ def new(leaves: Mapping[str, StoredLeaf], likes: Mapping[str, Like]) -> dict[str
 
 def _has_an_order(like: Like, leaf: StoredLeaf) -> TypeGuard[torch.Tensor]:
     """Whether a leaf's memory is to lie in another order than it is stored in."""
-    if isinstance(like, torch.device) or leaf.dtype.startswith("numpy:"):
+    if isinstance(like, torch.device) or leaf.dtype.startswith("numpy:") or is_sharded(like):
         return False
     return tuple(like.shape) == leaf.shape and not like.is_contiguous()
 
 
 def _together(leaves: Mapping[str, StoredLeaf]) -> Iterator[tuple[str, Tensorlike]]:
-    sizes = {name: aligned(leaf.size_bytes(leaf.slices[0])) for name, leaf in leaves.items()}
+    sizes = {name: aligned(size_bytes_of(leaf)) for name, leaf in leaves.items()}
     if not sizes:
         return
     memory = mmap.mmap(-1, sum(sizes.values()), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -145,15 +171,28 @@ def _numpy_dtype(leaf: StoredLeaf) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor, or a part of one, and where its bytes lie in the snapshot."""
+    """A tensor, or a part of one, and where its bytes lie in the snapshot: one after the other; or, where
+    there are `strides` (in elements), with others between them."""
 
     tensor: torch.Tensor
     region: int
     offset: int
+    strides: tuple[int, ...] | None = None
 
     @property
     def size_bytes(self) -> int:
-        return self.tensor.numel() * self.tensor.itemsize
+        """What is to be read for it."""
+        if self.strides is None:
+            return self.tensor.numel() * self.tensor.itemsize
+        last = sum((size - 1) * stride for size, stride in zip(self.tensor.shape, self.strides, strict=True))
+        return (last + 1) * self.tensor.itemsize
+
+    def source(self, stage: torch.Tensor) -> torch.Tensor:
+        """Its elements, out of what was read for it."""
+        elements = stage.view(self.tensor.dtype)
+        if self.strides is None:
+            return elements.view(self.tensor.shape)
+        return elements.as_strided(self.tensor.shape, self.strides)
 
 
 class _Carriers:
@@ -179,40 +218,124 @@ def read(
     fill: Fill,
     destinations: Mapping[str, Tensorlike],
     carrier_of: CarrierOf | None = None,
+    *,
+    rank: int | None = None,
 ) -> None:
-    """Fill tensors and arrays with the leaves they are named after, whose shapes and dtypes they have.
+    """Fill tensors and arrays with the leaves they are named after, whose shapes and dtypes they have; of a
+    DTensor what this process holds of it.
+
+    What lies in one stretch both in the snapshot and in memory is read straight there, and so is what lies in
+    stretches of `STRETCH_BYTES` or more; the rest goes through stages.
+
+    Args:
+        rank: which rank this is; None: as torch says.
 
     Blocks until all is there, on devices too. Besides the tensors it takes `LANES` stages of `STAGE_BYTES`,
     and that only if there are tensors which cannot be read into. Raises Damaged: some are overwritten then,
     with verified bytes or with none.
     """
     carrier_of = carrier_of or _Carriers()
+    gathered = HostCarrier()
     targets: list[tuple[int, int, memoryview]] = []
     staged: dict[Carrier, list[_Part]] = defaultdict(list)
     seen: set[tuple[object, ...]] = set()
+    aside: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
     for name, tensor in destinations.items():
-        place = stored_leaf(manifest, name).slices[0]
-        if not math.prod(place.extent) or _is_twin(tensor, place, seen):
+        leaf = stored_leaf(manifest, name)
+        if isinstance(tensor, np.ndarray):
+            array = tensor
+            if not array.flags.c_contiguous:
+                array = np.empty(array.shape, array.dtype)
+                aside.append((tensor, array))
+            targets += _of_array(leaf, array)
             continue
-        carrier = carrier_of(tensor) if isinstance(tensor, torch.Tensor) else None
-        if carrier is None:
-            targets.append((place.region, place.offset, _memory(tensor)))
-        else:
-            assert isinstance(tensor, torch.Tensor)
-            staged[carrier].append(_Part(tensor.detach(), place.region, place.offset))
+        for part in _parts(leaf, tensor, rank):
+            if _is_twin(part, seen):
+                continue
+            carrier = carrier_of(part.tensor)
+            if carrier is not None:
+                staged[carrier].append(part)
+            elif part.strides is None:
+                targets.append((part.region, part.offset, _memory(part.tensor)))
+            else:
+                staged[gathered].append(part)
     if targets:
         fill(targets)
     limit = max(STAGE_BYTES, manifest.grid_bytes)
     for carrier, parts in staged.items():
         _through_stages(fill, carrier, list(_loads(parts, limit)), limit)
+    for array, made in aside:
+        np.copyto(array, made)
 
 
-def _is_twin(tensor: Tensorlike, place: StoredSlice, seen: set[tuple[object, ...]]) -> bool:
+def _of_array(leaf: StoredLeaf, array: np.ndarray[Any, Any]) -> Iterator[tuple[int, int, memoryview]]:
+    """An array is all there, and so its slices are rows of it."""
+    for place in leaf.slices:
+        if math.prod(place.extent):
+            yield (
+                place.region,
+                place.offset,
+                _memory(within(array, whole(leaf.shape), (place.at, place.extent))),
+            )
+
+
+def _parts(leaf: StoredLeaf, tensor: torch.Tensor, rank: int | None) -> Iterator[_Part]:
+    """What a tensor, or this rank's part of one, takes of each slice of a leaf."""
+    if is_sharded(tensor):
+        at = tensor.device_mesh.get_rank() if rank is None else rank
+        boxes = boxes_of(leaf.shape, spec_of(leaf.name, tensor, at), at)
+    else:
+        boxes = (whole(leaf.shape),)
+    own = local(tensor).detach()
+    if not own.numel():
+        return
+    for box, view in zip(boxes, views(own, boxes), strict=True):
+        for place in _near(leaf.slices, box):
+            common = overlap(box, (place.at, place.extent))
+            if common is not None:
+                yield from _of_slice(place, common, within(view, box, common))
+
+
+def _near(slices: Sequence[StoredSlice], box: Box) -> Sequence[StoredSlice]:
+    """Those that may overlap a box: of thousands of slices, which are in order, few do."""
+    if len(slices) < _MANY or not box[0]:
+        return slices
+    begin, end = box[0][0], box[0][0] + box[1][0]
+    longest = max(one.extent[0] for one in slices)
+    first = bisect_left(slices, begin - longest + 1, key=lambda one: one.at[0])
+    return slices[first : bisect_left(slices, end, key=lambda one: one.at[0])]
+
+
+def _of_slice(place: StoredSlice, part: Box, tensor: torch.Tensor) -> Iterator[_Part]:
+    """How the `part` of a slice gets into `tensor`, which has its shape."""
+    strides = _strides(place.extent)
+    start = sum((at - begin) * stride for at, begin, stride in zip(part[0], place.at, strides, strict=True))
+    offset = place.offset + start * tensor.itemsize
+    # From the innermost dimension on as far as all of the slice is wanted, and one more: that is a stretch.
+    dim = len(part[1])
+    while dim > 0 and part[1][dim - 1] == place.extent[dim - 1]:
+        dim -= 1
+    outer = max(dim - 1, 0)
+    if all(size == 1 for size in part[1][:outer]):
+        yield _Part(tensor, place.region, offset)
+    elif math.prod(part[1][outer:]) * tensor.itemsize >= STRETCH_BYTES:
+        for index in itertools.product(*map(range, part[1][:outer])):
+            further = sum(number * stride for number, stride in zip(index, strides, strict=False))
+            yield _Part(tensor[index], place.region, offset + further * tensor.itemsize)
+    else:
+        yield _Part(tensor, place.region, offset, strides)
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Those of a tensor whose elements lie one after the other."""
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def _is_twin(part: _Part, seen: set[tuple[object, ...]]) -> bool:
     """Whether the same bytes go to the same memory already: tied weights are read once."""
-    if not isinstance(tensor, torch.Tensor):
-        return False
+    tensor = part.tensor
     where = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-    seen_as = (place.region, place.offset, *where, tensor.is_conj(), tensor.is_neg())
+    seen_as = (part.region, part.offset, part.strides, *where, tensor.is_conj(), tensor.is_neg())
     if seen_as in seen:
         return True
     seen.add(seen_as)
@@ -256,6 +379,8 @@ def _pieces(part: _Part, limit: int) -> Iterator[_Part]:
     tensor, item = part.tensor, part.tensor.itemsize
     if part.size_bytes <= limit:
         yield part
+    elif part.strides is not None:
+        yield from _rows(part, limit, part.strides[0] * item)
     elif tensor.is_contiguous():
         flat, start = tensor.view(-1), 0
         while start < part.size_bytes:
@@ -263,11 +388,20 @@ def _pieces(part: _Part, limit: int) -> Iterator[_Part]:
             yield _Part(flat[start // item : end // item], part.region, part.offset + start)
             start = end
     else:
-        row = part.size_bytes // tensor.shape[0]
-        rows = max(limit // row, 1)
-        for first in range(0, tensor.shape[0], rows):
-            some = tensor[first : first + rows] if rows > 1 or row <= limit else tensor[first]
-            yield from _pieces(_Part(some, part.region, part.offset + first * row), limit)
+        yield from _rows(part, limit, part.size_bytes // tensor.shape[0])
+
+
+def _rows(part: _Part, limit: int, row_bytes: int) -> Iterator[_Part]:
+    """A part in pieces of some rows, or of parts of one; a row begins so many bytes after the one before."""
+    rows = max(limit // row_bytes, 1)
+    for first in range(0, part.tensor.shape[0], rows):
+        offset = part.offset + first * row_bytes
+        if rows > 1 or row_bytes <= limit:
+            some = _Part(part.tensor[first : first + rows], part.region, offset, part.strides)
+        else:
+            inner = None if part.strides is None else part.strides[1:]
+            some = _Part(part.tensor[first], part.region, offset, inner)
+        yield from _pieces(some, limit)
 
 
 def _through_stages(fill: Fill, carrier: Carrier, loads: Sequence[list[_Part]], limit: int) -> None:
@@ -309,7 +443,7 @@ def _bring(fill: Fill, carrier: Carrier, load: Sequence[_Part], stage: torch.Ten
     for part in load:
         end = at + part.size_bytes
         targets.append((part.region, part.offset, memory[at:end]))
-        cargo.append((part.tensor, stage[at:end].view(part.tensor.dtype).view(part.tensor.shape)))
+        cargo.append((part.tensor, part.source(stage[at:end])))
         at += _spaced(part.size_bytes)
     fill(targets)
     carrier.carry(cargo)

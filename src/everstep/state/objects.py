@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -98,4 +100,34 @@ def optimizer_parameters(objects: Mapping[str, object]) -> dict[str, list[str]]:
     return {
         name: [names.get(id(one), "") for one in trained(optimizer)]
         for name, optimizer in optimizers(objects).items()
+    }
+
+
+def both_names(objects: Mapping[str, object]) -> dict[str, list[list[tuple[str, str]]]]:
+    """Of each group of each optimizer the names of its parameters: in their module, and with the module's
+    name before it. Both are empty for a parameter that no module has."""
+    names: dict[int, tuple[str, str]] = {}
+    for module_name, module in modules(objects).items():
+        for name, parameter in module.named_parameters():
+            key = module_key(name)
+            names.setdefault(id(parameter), (key, f"{module_name}.{key}"))
+    return {
+        name: [[names.get(id(one), ("", "")) for one in group["params"]] for group in optimizer.param_groups]
+        for name, optimizer in optimizers(objects).items()
+    }
+
+
+def state_names(objects: Mapping[str, object]) -> dict[str, list[str | int]]:
+    """By what the state of each optimizer's parameters is kept where there are many ranks, which need not
+    have the same numbers of them: the parameter's name in its module where that is unambiguous among all
+    modules, else with the module's own name before it; its number where no module has it."""
+    count = Counter(
+        module_key(name) for module in modules(objects).values() for name, _ in module.named_parameters()
+    )
+    return {
+        name: [
+            (short if count[short] == 1 else full) or number
+            for number, (short, full) in enumerate(chain.from_iterable(groups))
+        ]
+        for name, groups in both_names(objects).items()
     }

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from everstep.format.values import Value
+from everstep.state.sharding import is_sharded
 from everstep.state.tree import PLAIN_TENSORS, Leaves, flatten, join
 
 _CONTAINERS = attrgetter("_parameters", "_buffers", "_modules")
@@ -28,8 +29,14 @@ _LIES: tuple[Callable[[Any], object], ...] = (
     torch.Tensor.stride,
     torch.Tensor.is_conj,
     torch.Tensor.is_neg,
-    attrgetter("dtype", "device", "layout", "requires_grad"),
+    attrgetter("dtype", "device", "layout"),
 )
+_NEEDS_GRAD = attrgetter("requires_grad")
+_LOCAL = attrgetter("_local_tensor")
+_SPEC = attrgetter("_spec")
+_HARMLESS_HOOKS = "torch.distributed.fsdp."
+"""Hooks of these modules only bring parameters back that were gathered from other ranks: while they are
+gathered, a module holds others."""
 
 
 class Remembered(Protocol):
@@ -164,7 +171,12 @@ class _Contents:
         self._sizes = list(map(len, containers))
         self._values = list(chain.from_iterable(map(dict.values, containers)))
         self._tensors = [one for one in self._values if isinstance(one, torch.Tensor)]
-        self._lie = _lie(self._tensors)
+        self._needs = list(map(_NEEDS_GRAD, self._tensors))
+        self._sharded = [one for one in self._tensors if is_sharded(one)]
+        self._specs = list(map(_SPEC, self._sharded))
+        self._locals: list[Any] = list(map(_LOCAL, self._sharded))
+        self._memories = [*self._locals, *(one for one in self._tensors if not is_sharded(one))]
+        self._lie = _lie(self._memories)
 
     def are_still(self, containers: list[dict[Any, Any]]) -> bool:
         """Whether the same containers hold the same now."""
@@ -172,19 +184,29 @@ class _Contents:
             list(map(len, containers)) == self._sizes
             and list(chain.from_iterable(containers)) == self._names
             and _all_same(chain.from_iterable(map(dict.values, containers)), self._values)
-            and _lie(self._tensors) == self._lie
+            and list(map(_NEEDS_GRAD, self._tensors)) == self._needs
+            and _all_same(map(_SPEC, self._sharded), self._specs)
+            and _all_same(map(_LOCAL, self._sharded), self._locals)
+            and _lie(self._memories) == self._lie
         )
 
 
 def _is_told_otherwise(parts: list[torch.nn.Module]) -> bool:
     """Whether something was put between a module and torch's own way to tell its state."""
-    hooked = any(chain.from_iterable(map(_HOOKS, parts)))
+    hooks = list(chain.from_iterable(map(_HOOKS, parts)))
+    hooked = any(hooks) and not all(_is_harmless(hook) for some in hooks for hook in some.values())
     return hooked or any(any(map(contains, map(vars, parts), repeat(name))) for name in _OWN)
+
+
+def _is_harmless(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(_HARMLESS_HOOKS)
 
 
 def _are_plain(values: Iterable[object]) -> bool:
     """Whether all are tensors with a memory of their own, or values that cannot change."""
-    return all(type(value) in (*PLAIN_TENSORS, type(None), bool, int, float) for value in values)
+    return all(
+        type(value) in (*PLAIN_TENSORS, type(None), bool, int, float) or is_sharded(value) for value in values
+    )
 
 
 def _all_same(some: Iterable[object], others: list[object]) -> bool:

@@ -2,6 +2,10 @@
 
 First everything is held against the live objects, with nothing touched; then the bytes are read, straight
 into the memory of the live tensors where that is possible, so that no second copy of a model is needed.
+
+Of many ranks each brings back what its own objects ask for: of a DTensor its part, whoever has stored that.
+As many ranks as have taken the snapshot get all that was each one's own; others what can be made of it, and
+a reason why that is not all (`_Restoration.moved`).
 """
 
 from __future__ import annotations
@@ -15,12 +19,23 @@ import numpy as np
 import torch
 
 from everstep.errors import Damaged, EverstepError, Mismatch, NotFound
-from everstep.format.manifest import CONFIG, OBJECTS, RUN, Manifest
+from everstep.format.joining import merge
+from everstep.format.manifest import CONFIG, OBJECTS, OWN, RUN, Manifest
 from everstep.format.values import Leaf, Value
 from everstep.state import leaves, rng
 from everstep.state.leaves import Fill, stored_leaf
-from everstep.state.objects import is_container, is_stateful, module_key, optimizer_parameters, trained
-from everstep.state.tree import Leaves, Tensorlike, dtype_name, flatten, join, leaf_names, unflatten
+from everstep.state.numbering import is_by_name, numbered
+from everstep.state.objects import (
+    both_names,
+    is_container,
+    is_stateful,
+    module_key,
+    optimizer_parameters,
+    trained,
+)
+from everstep.state.sharding import is_sharded, local, sharded_like
+from everstep.state.tree import Leaves, Tensorlike, dtype_name, flatten, join, leaf_names, located, unflatten
+from everstep.state.world import World
 
 
 @dataclass
@@ -39,21 +54,31 @@ class Restored:
 
 
 def restore(
-    manifest: Manifest, fill: Fill, objects: Mapping[str, object], *, strict: bool = True
+    manifest: Manifest,
+    fill: Fill,
+    objects: Mapping[str, object],
+    *,
+    strict: bool = True,
+    world: World | None = None,
+    part: Manifest | None = None,
 ) -> Restored:
     """Bring the objects to the state of a snapshot. The global RNGs are not touched: they are in the result.
 
     Args:
-        manifest: the snapshot's (of one rank).
+        manifest: the snapshot's; of several ranks the joined one, whose bytes `fill` reads.
         fill: reads its bytes, verified.
         objects: the live objects, by name (`objects.named`).
-        strict: refuse what is missing or surplus; otherwise leave it as it is and say so in `approximate`.
+        strict: refuse what is missing or surplus; otherwise leave it as it is and say so in `approximate`. Of
+            many ranks what is surplus is another's.
+        world: the ranks that train together now, and which of them this is.
+        part: of a snapshot of N ranks the manifest of rank number `world.rank` modulo N: what was that
+            rank's own is this one's now.
 
     Raises:
         Mismatch: something does not fit; the message names it, and nothing was touched.
         Damaged: bytes could not be verified; the objects may be partly overwritten.
     """
-    return _Restoration(manifest, fill, strict).run(objects)
+    return _Restoration(manifest, fill, strict, world=world, part=part).run(objects)
 
 
 def restore_part(
@@ -62,7 +87,7 @@ def restore_part(
     """Bring some objects, or some leaves of them, to what a snapshot holds of them; it may hold others too.
 
     Args:
-        manifest: the snapshot's (of one rank).
+        manifest: the snapshot's; of several ranks the joined one.
         fill: reads its bytes, verified.
         objects: the live objects, by name (`objects.named`).
         only: a pattern of leaf names (`model/encoder.*`); of anything else than a module either all leaves
@@ -91,13 +116,29 @@ def _part(tree: Value, key: str) -> Any:
 class _Restoration:
     """`only` is the pattern of the leaves that are wanted; None: all, and none may be left over."""
 
-    def __init__(self, manifest: Manifest, fill: Fill, strict: bool, only: str | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        fill: Fill,
+        strict: bool,
+        only: str | None = None,
+        *,
+        world: World | None = None,
+        part: Manifest | None = None,
+    ) -> None:
         self.manifest = manifest
         self.fill = fill
         self.strict = strict
         self.only = only
-        self.saved: dict[str, Value] = _part(manifest.tree, OBJECTS)
-        self.run_part: dict[str, Value] = _part(manifest.tree, RUN)
+        self.world = world or World.alone()
+        self.many = not self.world.is_alone
+        self.moved = manifest.ranks != self.world.ranks
+        """Whether the snapshot is of another number of ranks than there are now."""
+
+        self.whole: dict[str, Value] = _part(manifest.tree, OBJECTS)
+        self.own: dict[str, Value] = self.whole if part is None else _part(part.tree, OBJECTS)
+        self.run_part: dict[str, Value] = _part((part or manifest).tree, RUN)
+        self.saved: dict[str, Value] = dict(self.whole)
         self.approximate: list[str] = []
         self.destinations: Leaves = {}
         """Where the bytes of each leaf go."""
@@ -105,23 +146,43 @@ class _Restoration:
         self.fresh: dict[str, leaves.Like] = {}
         """The leaves that get new memory, and like what."""
 
+        self.sharded: dict[str, torch.Tensor] = {}
+        """Those that are a rank's own part of a DTensor, and like which they are placed."""
+
     def run(self, objects: Mapping[str, object]) -> Restored:
+        self._choose(objects)
         wanted = self._matched(objects)
         self._check_all(wanted)
-        places = self._gradient_places(objects)
-        needed = {key: part for key, part in self.run_part.items() if key != CONFIG}
+        if self.moved:
+            self.approximate.insert(0, f"world size {self.manifest.ranks} -> {self.world.ranks}")
+        needed = {key: part for key, part in self.run_part.items() if key not in (CONFIG, "gradients")}
         for name in leaf_names(needed):
-            self._new(name, places.get(name, leaves.CPU))
+            self._new(name, leaves.CPU)
+        self._check_gradients(objects)
         states = self._brought(wanted)
         self._apply_gradients(objects)
         run = unflatten(needed, self._leaf)
         return Restored(
             progress=run["progress"],
             position=run["data"],
-            rng=run["rng"],
+            rng=rng.derived(run["rng"], self.world.rank) if self._is_new_rank() else run["rng"],
             values={name: states[name] for name, value in wanted.items() if is_plain(value)},
             approximate=self.approximate,
         )
+
+    def _choose(self, objects: Mapping[str, object]) -> None:
+        """Whose values count: this rank's own where there are as many ranks as there were. Else those of
+        all, but what is neither a module's nor an optimizer's is the business of each rank."""
+        if self.own is self.whole:
+            return
+        for name in self.saved:
+            of_all = isinstance(objects.get(name), torch.nn.Module | torch.optim.Optimizer)
+            if name in self.own and not (self.moved and of_all):
+                self.saved[name] = merge([self.own[name], self.whole[name]])
+
+    def _is_new_rank(self) -> bool:
+        """Whether there was no rank of this number: what it has of another's would be drawn twice."""
+        return self.moved and self.world.rank >= self.manifest.ranks
 
     def run_part_of(self, objects: Mapping[str, object]) -> None:
         wanted = {name: value for name, value in self._matched(objects).items() if self._takes(name, value)}
@@ -144,7 +205,7 @@ class _Restoration:
         """Read everything, and give the objects their states; returns those of plain values."""
         stored = {name: stored_leaf(self.manifest, name) for name in self.fresh}
         self.destinations.update(leaves.new(stored, self.fresh))
-        leaves.read(self.manifest, self.fill, self.destinations)
+        leaves.read(self.manifest, self.fill, self.destinations, rank=self.world.rank if self.many else None)
         return {name: self._apply(name, value) for name, value in objects.items()}
 
     # -- checks, with nothing touched ---------------------------------------------------------------------
@@ -152,7 +213,7 @@ class _Restoration:
     def _matched(self, objects: Mapping[str, object]) -> dict[str, object]:
         """The objects that are in the snapshot too."""
         missing = [name for name in objects if name not in self.saved]
-        surplus = [name for name in self.saved if name not in objects]
+        surplus = [name for name in (self.whole if self.moved else self.own) if name not in objects]
         self._lacks(
             "the snapshot has no {}", missing, "hand over the objects it has: " + ", ".join(self.saved)
         )
@@ -175,8 +236,8 @@ class _Restoration:
                 kept="nothing was touched",
                 next=f"take it from the snapshot: .state({name!r})",
             )
-        held = list(leaf_names(self.saved[name]))
-        taken = [leaf for leaf in held if self._wants(leaf)]
+        held = [path for path, _ in located(name, self.saved[name])]
+        taken = [path for path in held if self._wants(path)]
         if isinstance(value, torch.nn.Module):
             extras = [join(name, module_key(key)) for key in value.state_dict()]
             return any(map(self._wants, (*taken, *_live_leaves(name, value), *extras)))
@@ -201,10 +262,15 @@ class _Restoration:
         self.approximate.append(problem)
 
     def _check_parameters(self, objects: Mapping[str, object]) -> None:
-        """Optimizer state is by number: the order of the parameters must be the one it was saved in."""
+        """Optimizer state is by number: the order of the parameters must be the one it was saved in. Where
+        it is by name, of many ranks, or is to be, it gets the numbers that it has here."""
         saved = self.run_part.get("parameters")
         for name, live in optimizer_parameters(objects).items():
             before = saved.get(name, live) if type(saved) is dict else live
+            if self.many or is_by_name(self.saved[name]):
+                self._check_groups(name)
+                self._number(name, objects, before)
+                continue
             for number, (was, now) in enumerate(zip(before, live, strict=False)):
                 if was and now and was != now:
                     raise Mismatch(
@@ -213,14 +279,31 @@ class _Restoration:
                         next="give the optimizer its parameters in the order of the snapshot",
                     )
 
+    def _number(self, name: str, objects: Mapping[str, object], before: Any) -> None:
+        found = numbered(name, self.saved[name], before, both_names(objects)[name])
+        fix = "build the optimizer that the snapshot was taken of"
+        self._lacks(f"{name} has parameters of which the snapshot has nothing: {{}}", [*found.missing], fix)
+        if not self.many:
+            self._lacks(
+                f"the snapshot's {name} has parameters that are not here: {{}}", [*found.surplus], fix
+            )
+        self.saved[name] = found.tree
+
+    def _check_groups(self, name: str) -> None:
+        saved = self.saved[name]
+        if type(saved) is not dict or type(saved.get("param_groups")) is not list:
+            raise Mismatch(f"{name} is an optimizer, in the snapshot it is none", kept="nothing was touched")
+        if type(saved.get("state")) is not dict:
+            raise Damaged(f"the snapshot's values have no state of {name}")
+
     def _check(self, name: str, value: object) -> None:
         if isinstance(value, torch.nn.Module):
             self._check_module(name, value)
         elif isinstance(value, torch.optim.Optimizer):
             self._check_optimizer(name, value)
         elif isinstance(value, torch.Tensor | np.ndarray) and type(self.saved[name]) is Leaf:
-            if self._fits(name, value):
-                self.destinations[name] = value
+            if self._fits(name, self.saved[name].name, value):
+                self._into(self.saved[name].name, value)
         else:
             if isinstance(value, torch.optim.lr_scheduler.LRScheduler):
                 self._check_keys(name, value)
@@ -229,33 +312,48 @@ class _Restoration:
                 self._new(leaf, leaves.CPU)
 
     def _check_module(self, name: str, module: torch.nn.Module) -> None:
-        live = {leaf: one for leaf, one in _live_leaves(name, module).items() if self._wants(leaf)}
-        saved = [leaf for leaf in leaf_names(self.saved[name]) if self._wants(leaf)]
+        live = {path: one for path, one in _live_leaves(name, module).items() if self._wants(path)}
+        saved = {path: leaf for path, leaf in located(name, self.saved[name]) if self._wants(path)}
         fix = "build the model that the snapshot was taken of"
-        self._lacks("the snapshot has no leaf {}", [leaf for leaf in live if leaf not in set(saved)], fix)
-        self._lacks(
-            "the snapshot holds {}, which the model has not",
-            [leaf for leaf in saved if leaf not in live],
-            fix,
-        )
-        for leaf in saved:
-            if leaf in live and self._fits(leaf, live[leaf]):
-                self.destinations[leaf] = live[leaf]
+        self._lacks("the snapshot has no leaf {}", [path for path in live if path not in saved], fix)
+        if not self.many:
+            self._lacks(
+                "the snapshot holds {}, which the model has not",
+                [path for path in saved if path not in live],
+                fix,
+            )
+        trained = {join(name, module_key(key)) for key, _ in module.named_parameters(remove_duplicate=False)}
+        self._refuse_own({path: leaf for path, leaf in saved.items() if path in trained})
+        for path, leaf in saved.items():
+            if path in live and self._fits(path, leaf, live[path]):
+                self._into(leaf, live[path])
 
-    def _fits(self, leaf: str, tensor: Tensorlike) -> bool:
+    def _refuse_own(self, saved: Mapping[str, str]) -> None:
+        """What each rank trained for itself cannot be given to another number of ranks."""
+        self._lacks(
+            "{} was not the same on all ranks",
+            [path for path, leaf in saved.items() if self.moved and leaf.startswith(OWN)],
+            f"start on {self.manifest.ranks} ranks, as the snapshot was taken",
+        )
+
+    def _fits(self, path: str, leaf: str, tensor: Tensorlike) -> bool:
         stored = stored_leaf(self.manifest, leaf)
         for what, was, now in (
-            ("shape", stored.shape, tuple(tensor.shape)),
+            ("shape", stored.shape, _shape(leaf, tensor)),
             ("dtype", stored.dtype, dtype_name(tensor)),
         ):
             if was != now:
                 self._lacks(
                     f"{{}} has {what} {_shown(now)}, in the snapshot {_shown(was)}",
-                    [leaf],
+                    [path],
                     "build the same model",
                 )
                 return False
         return True
+
+    def _into(self, leaf: str, tensor: Tensorlike) -> None:
+        """Read a leaf into a live tensor: what was a rank's own into its own part of that."""
+        self.destinations[leaf] = local(tensor) if leaf.startswith(OWN) else tensor
 
     def _check_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         """Its state need not be there yet (it comes with the first step), its groups must fit."""
@@ -273,15 +371,20 @@ class _Restoration:
             )
         live = _live_leaves(name, optimizer)
         places = _state_places(saved, optimizer)
-        for leaf in leaf_names(saved):
-            there, stored = live.get(leaf), stored_leaf(self.manifest, leaf)
+        states = join(name, "state") + "/"
+        held = dict(located(name, saved))
+        self._refuse_own({path: leaf for path, leaf in held.items() if path.startswith(states)})
+        for path, leaf in held.items():
+            there, stored = live.get(path), stored_leaf(self.manifest, leaf)
             same = isinstance(there, torch.Tensor) and (
-                tuple(there.shape) == stored.shape and dtype_name(there) == stored.dtype
+                _shape(leaf, there) == stored.shape and dtype_name(there) == stored.dtype
             )
             if same and there is not None:
-                self.destinations[leaf] = there
+                # Its own memory: the optimizer is handed the very tensor.
+                self.sharded.update({leaf: there} if leaf.startswith(OWN) and is_sharded(there) else {})
+                self._into(leaf, there)
             else:
-                self._new(leaf, places.get(leaf, leaves.CPU))
+                self._new_like(leaf, places.get(leaf, leaves.CPU))
 
     def _check_keys(self, name: str, scheduler: Any) -> None:
         """A scheduler takes any state without a word: hold the names of its fields against it."""
@@ -309,8 +412,22 @@ class _Restoration:
         stored_leaf(self.manifest, name)
         self.fresh[name] = like
 
+    def _new_like(self, name: str, like: leaves.Like) -> None:
+        """New memory for what belongs to a parameter; where that is a DTensor it is one, too."""
+        if is_sharded(like) and name.startswith(OWN) and self._is_local(name, like):
+            self.sharded[name] = like
+            like = local(like)
+        self._new(name, like)
+
+    def _is_local(self, name: str, like: torch.Tensor) -> bool:
+        return stored_leaf(self.manifest, name).shape == tuple(local(like).shape)
+
     def _leaf(self, name: str) -> Tensorlike:
-        return self.destinations[name]
+        tensor = self.destinations[name]
+        like = self.sharded.get(name)
+        if like is None or not isinstance(tensor, torch.Tensor) or not is_sharded(like):
+            return tensor
+        return sharded_like(tensor, like)
 
     # -- handing over -------------------------------------------------------------------------------------
 
@@ -329,6 +446,8 @@ class _Restoration:
                 value.load_state_dict(state)  # type: ignore[attr-defined]
             elif rng.is_generator(value):
                 rng.set_generator_state(value, state)
+                if self._is_new_rank():
+                    rng.reseed(value, state, self.world.rank)
             elif is_container(value):
                 _replace(value, state)
         except EverstepError:
@@ -360,22 +479,26 @@ class _Restoration:
         held = list(leaf_names(saved[key]))
         return all(leaf in self.destinations for leaf in held) if held else self._wants(join(name, key))
 
-    def _gradient_places(self, objects: Mapping[str, object]) -> dict[str, leaves.Like]:
+    def _check_gradients(self, objects: Mapping[str, object]) -> None:
         """Gradients go where their parameters are, and lie as these do."""
         saved = self.run_part.get("gradients")
-        places: dict[str, leaves.Like] = {}
         for name, gradients in saved.items() if type(saved) is dict else ():
             optimizer = objects.get(name)
-            if isinstance(optimizer, torch.optim.Optimizer):
-                for parameter, leaf in zip(trained(optimizer), gradients, strict=False):
-                    places.update(dict.fromkeys(leaf_names(leaf), parameter.detach()))
-        return places
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                continue
+            if self.moved:
+                # A rank's share of a sum over ranks, by numbers that others need not have.
+                self.approximate.append(f"the gradients that {name} had accumulated are dropped")
+                continue
+            for parameter, leaf in zip(trained(optimizer), gradients, strict=False):
+                for one in leaf_names(leaf):
+                    self._new_like(one, parameter.detach())
 
     def _apply_gradients(self, objects: Mapping[str, object]) -> None:
         saved = self.run_part.get("gradients")
         for name, gradients in saved.items() if type(saved) is dict else ():
             optimizer = objects.get(name)
-            if isinstance(optimizer, torch.optim.Optimizer):
+            if isinstance(optimizer, torch.optim.Optimizer) and not self.moved:
                 restored = unflatten(gradients, self._leaf)
                 for parameter, gradient in zip(trained(optimizer), restored, strict=True):
                     parameter.grad = None if gradient is None else gradient.to(parameter.device)
@@ -388,6 +511,11 @@ def _live_leaves(name: str, value: Any) -> Leaves:
         state = {module_key(key): item for key, item in state.items()}
     flatten(name, state, leaves)
     return leaves
+
+
+def _shape(leaf: str, tensor: Tensorlike) -> tuple[int, ...]:
+    """That which a leaf must have to be read into a tensor."""
+    return tuple((local(tensor) if leaf.startswith(OWN) else tensor).shape)
 
 
 def is_plain(value: object) -> bool:

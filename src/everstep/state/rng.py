@@ -65,6 +65,68 @@ def restore(state: Mapping[str, Any]) -> list[str]:
     return _restore_cuda(state.get("cuda", ())) + _restore_mps(state.get("mps"))
 
 
+def derived(state: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """States for a rank that has none of its own, out of those of another rank: independent of these, and
+    the same whenever they are made of the same. Each generator is seeded with a digest of its state there
+    and the rank. Those of an MPS device, which cannot be made, are left out.
+    """
+    made: dict[str, Any] = {}
+    if "python" in state:
+        made["python"] = _packed_python(random.Random(_seed(state["python"], rank)).getstate())
+    if "numpy" in state:
+        fresh = np.random.RandomState(_words(state["numpy"], rank)).get_state(legacy=True)
+        assert isinstance(fresh, tuple)
+        made["numpy"] = dict(zip(("name", "keys", "pos", "has_gauss", "cached_gaussian"), fresh, strict=True))
+    if "torch" in state:
+        made["torch"] = torch.Generator().manual_seed(_seed(state["torch"], rank)).get_state()
+    if "cuda" in state:
+        # A counter that starts at zero, behind its seed.
+        made["cuda"] = [
+            torch.frombuffer(bytearray(struct.pack("<Qq", _seed(one, rank), 0)), dtype=torch.uint8)
+            for one in state["cuda"]
+        ]
+    return made
+
+
+def reseed(obj: object, state: Any, rank: int) -> None:
+    """Seed a generator object as `derived` does, out of a state of `generator_state` of another rank's."""
+    seed = _seed(state, rank)
+    if isinstance(obj, torch.Generator):
+        obj.manual_seed(seed)
+    elif isinstance(obj, random.Random):
+        obj.seed(seed)
+    elif isinstance(obj, np.random.Generator):
+        obj.bit_generator.state = type(obj.bit_generator)(seed).state
+    elif isinstance(obj, np.random.RandomState):
+        obj.seed(_words(state, rank))
+
+
+def _seed(state: Any, rank: int) -> int:
+    """63 bits that tell states and ranks apart."""
+    digest = blake3(b"everstep rank\n" + struct.pack("<q", rank))
+    _hash(digest, state)
+    return int.from_bytes(digest.digest(8), "little") >> 1
+
+
+def _words(state: Any, rank: int) -> list[int]:
+    seed = _seed(state, rank)
+    return [seed & 0xFFFFFFFF, seed >> 32]
+
+
+def _hash(digest: blake3, state: Any) -> None:
+    if isinstance(state, Mapping):
+        for key, value in state.items():
+            digest.update(f"{key}:".encode())
+            _hash(digest, value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            _hash(digest, value)
+    elif isinstance(state, torch.Tensor | np.ndarray):
+        digest.update(np.ascontiguousarray(np.asarray(state)).tobytes())
+    else:
+        digest.update(repr(state).encode())
+
+
 def fingerprint(*, devices: bool = True) -> bytes:
     """Eight bytes that change when one of the global RNGs is drawn from or seeded.
 

@@ -39,7 +39,7 @@ class Side:
 
     def __init__(self, accelerator: Accelerator, device: torch.device) -> None:
         self.accelerator = accelerator
-        self._device = device
+        self.device = device
         self._stream = accelerator.Stream(device)
         self._buffer: torch.Tensor | None = None
         self._plans: weakref.WeakKeyDictionary[Slot, dict[str, Plan]] = weakref.WeakKeyDictionary()
@@ -54,7 +54,7 @@ class Side:
 
     def follow(self) -> None:
         """What the side is asked from now on comes after all that the device was asked until now."""
-        self._stream.wait_stream(self.accelerator.current_stream(self._device))
+        self._stream.wait_stream(self.accelerator.current_stream(self.device))
 
     def mark(self) -> Event:
         """Marks all that the side was asked until now."""
@@ -65,7 +65,7 @@ class Side:
 
     def hold_back(self, mark: Event) -> None:
         """What the device is asked from now on, by this thread, comes after `mark`."""
-        self.accelerator.current_stream(self._device).wait_event(mark)
+        self.accelerator.current_stream(self.device).wait_event(mark)
 
     # -- copies -------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ A leaf's name is its path: `optimizer/state/0/exp_avg`. In a part of it, `~` is 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from everstep.errors import Damaged, Unsupported
 from everstep.format.layout import item_bytes
 from everstep.format.values import Leaf, Scalar, Symbol, Value
+from everstep.state.sharding import is_sharded, local
 
 Tensorlike: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
 Leaves: TypeAlias = dict[str, Tensorlike]
@@ -116,6 +117,9 @@ def _leaf(path: str, tensor: Tensorlike, leaves: Leaves) -> Leaf:
 
 
 def _storable(path: str, tensor: torch.Tensor) -> torch.Tensor:
+    if is_sharded(tensor):
+        _storable(path, local(tensor))
+        return tensor.detach()
     if type(tensor) not in PLAIN_TENSORS and is_traceable_wrapper_subclass(tensor):
         raise _refused(path, f"is a {type(tensor).__qualname__}, a tensor without storage of its own")
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
@@ -191,6 +195,35 @@ def _symbol(symbol: Symbol) -> object:
     raise Unsupported(
         f"a value of kind {symbol.kind[:40]!r} is not known here", next="pip install -U everstep"
     )
+
+
+def renamed(tree: Value, names: Mapping[str, str]) -> Value:
+    """A values tree in which leaves have other names; those that `names` does not have stay."""
+    kind = type(tree)
+    if kind is Leaf:
+        return Leaf(names[tree.name]) if tree.name in names else tree
+    if kind in _MAPPINGS:
+        made = {key: renamed(item, names) for key, item in tree.items()}
+        return defaultdict(tree.default_factory, made) if kind is defaultdict else kind(made)
+    if kind is list or kind is tuple:
+        return kind(renamed(item, names) for item in tree)
+    if kind is deque:
+        return deque((renamed(item, names) for item in tree), tree.maxlen)
+    return tree
+
+
+def located(path: str, tree: Value) -> Iterator[tuple[str, str]]:
+    """Where each leaf of a values tree is, as `flatten` names it, and its name: another where that is a
+    rank's own, or belongs to a parameter that has a number here."""
+    kind = type(tree)
+    if kind is Leaf:
+        yield path, tree.name
+    elif kind in _MAPPINGS:
+        for key, item in tree.items():
+            yield from located(join(path, key), item)
+    elif kind in _SEQUENCES or kind is deque:
+        for number, item in enumerate(tree):
+            yield from located(join(path, number), item)
 
 
 def leaf_names(tree: Value) -> Iterator[str]:
