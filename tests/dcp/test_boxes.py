@@ -18,7 +18,7 @@ from everstep import dcp
 from everstep.chain.history import Chain
 from everstep.format.layout import Box, Slice, lay_out
 from everstep.format.manifest import StoredSlice
-from everstep.integrations.dcp import boxes, planning, saving, waves
+from everstep.integrations.dcp import boxes, waves
 from everstep.integrations.dcp.planning import spread
 from everstep.store.memory import MemoryStore
 
@@ -134,7 +134,9 @@ def test_waves_are_the_memory_of_the_layout(data: Any, sizes: list[tuple[int, to
     expected = bytearray(layout.arena_bytes)
     for (region, offset), one in zip(layout.places, tensors, strict=True):
         start = layout.regions[region].offset + offset
-        expected[start : start + one.nbytes] = one.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        expected[start : start + one.nbytes] = (
+            one.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     assert end == layout.arena_bytes
     assert made == expected
 
@@ -158,7 +160,8 @@ def test_what_is_spread_is_written_once_by_who_has_it(
         for rank in range(4)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "CUT_BYTES", 64)
+        patch.setattr("everstep.state.spreading.SMALL_BYTES", 64)
+        patch.setattr("everstep.state.spreading.SLIVER_BYTES", 16)
         made = spread(plans)
         assert made == spread(plans)
     count = [torch.zeros(shape) for shape, _ in leaves]

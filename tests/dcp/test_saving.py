@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import copy
 import io
-import os
 import pickle
 import subprocess
 import sys
@@ -127,7 +125,7 @@ def test_planners_that_do_not_flatten(tmp_path: Path, flatten: bool) -> None:
         storage_writer=dcp.Writer(tmp_path / "c"),
         planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
     )
-    there = {name: None for name in state}
+    there = dict.fromkeys(state)
     planner = dcp.LoadPlanner(flatten_state_dict=flatten, flatten_sharded_tensors=False)
     torch_dcp.load(there, storage_reader=dcp.Reader(tmp_path / "c"), planner=planner)
     assert_same(state, there)
@@ -180,9 +178,7 @@ def test_open_goes_on_from_what_was_saved(tmp_path: Path) -> None:
 
 def test_what_a_run_took_is_loaded(tmp_path: Path) -> None:
     model, optimizer = trained(2)
-    with everstep.open(
-        tmp_path / "c", every=None, model=model, optimizer=optimizer, seen={"n": 4}
-    ) as run:
+    with everstep.open(tmp_path / "c", every=None, model=model, optimizer=optimizer, seen={"n": 4}) as run:
         run.take(note="x")
     other, its_optimizer = trained(1)
     there = {"model": other.state_dict(), "optimizer": its_optimizer.state_dict(), "seen": {"n": 0}}
@@ -199,7 +195,9 @@ def test_a_snapshot_is_like_any_other(tmp_path: Path) -> None:
     loaded = everstep.load(tmp_path / "c")
     assert loaded.progress == {"step": 5, "epoch": 0}
     assert torch.equal(loaded["model/0.weight"], model.state_dict()["0.weight"])  # type: ignore[arg-type]
-    assert_same(state["optim"], loaded.state("optim"))
+    moment = state["optim"]["state"]["2.weight"]["exp_avg"]
+    assert torch.equal(loaded["optim/state/2.weight/exp_avg"], moment)  # type: ignore[arg-type]
+    optimizer.load_state_dict(loaded.state("optim"))
     head = Chain(tmp_path / "c").head()
     assert head is not None
     assert (head.record.trigger, head.record.note) == ("dcp", "here")
@@ -447,7 +445,7 @@ def test_a_planner_that_makes_bytes_of_its_own(tmp_path: Path) -> None:
                 return io.BytesIO(pickle.dumps(1))
             return super().resolve_data(write_item)
 
-    with pytest.raises(CheckpointException, match="n cannot be stored: what .*Own makes of it"):
+    with pytest.raises(CheckpointException, match=r"n cannot be stored: what .*Own makes of it"):
         torch_dcp.save({"n": 1}, storage_writer=dcp.Writer(tmp_path / "c"), planner=Own())
 
 
@@ -497,5 +495,8 @@ def test_our_planner_with_torchs_files(tmp_path: Path) -> None:
 
 
 def test_importing_everstep_imports_no_torch() -> None:
-    code = "import sys, everstep; assert 'torch' not in sys.modules; everstep.dcp.Writer; assert 'torch' in sys.modules"
+    code = (
+        "import sys, everstep; assert 'torch' not in sys.modules; "
+        "everstep.dcp.Writer; assert 'torch' in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

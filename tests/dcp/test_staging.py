@@ -104,7 +104,8 @@ def test_no_save_is_torn(tmp_path: Path) -> None:
         planner = Slow()
         writer = dcp.Writer(tmp_path / "c", step=step)
         future = torch_dcp.async_save(state, storage_writer=writer, planner=planner, async_stager=stager)
-        assert planner.begun.wait(DEADLINE_S)
+        if step == 1:
+            assert planner.begun.wait(DEADLINE_S)
         saves.append((planner, future))
     state["x"].fill_(99)
     for planner, future in saves:
@@ -121,8 +122,6 @@ def test_a_save_that_fails_does_not_keep_the_next_from_its_memory(tmp_path: Path
     stager = dcp.Stager(patience_s=0.0)
     state: dict[str, Any] = {"x": numbered((5,)), "bad": print}
     for _ in range(4):
-        future = torch_dcp.async_save(
-            state, storage_writer=dcp.Writer(tmp_path / "c"), async_stager=stager
-        )
+        future = torch_dcp.async_save(state, storage_writer=dcp.Writer(tmp_path / "c"), async_stager=stager)
         with pytest.raises(BaseException, match="cannot be stored"):
             future.result(DEADLINE_S)

@@ -166,12 +166,10 @@ class Writer:
     def encodings(self, encodings: Encodings) -> None:
         self._encoder.encodings = encodings
 
-    def go_on(self, lease: Lease, parent: str) -> None:
-        """Write under another lease from now on, and after this snapshot: the lease before was given back, and
-        others may have written since."""
-        self.lease = lease
-        self.parent = parent
-        self._first = True
+    @property
+    def stored(self) -> Manifest | None:
+        """The manifest of what `store_part` has stored last: to build on, where another writer commits it."""
+        return None if self._stored is None else self._stored.manifest
 
     def build_on(self, manifest: Manifest) -> None:
         """Chunks of this manifest need not be written again: only for one whose chunks are known good."""

@@ -10,10 +10,9 @@ import sys
 
 
 def _swap_classes():
+    import swapped
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import _storage_utils, filesystem
-
-    import swapped
 
     for module in (dcp, filesystem, _storage_utils):
         module.FileSystemWriter = swapped.FileSystemWriter

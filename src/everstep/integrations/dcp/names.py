@@ -6,6 +6,7 @@ A snapshot's tree has the path as it is, and a leaf is named by it as everywhere
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -39,7 +40,7 @@ def place(tree: dict[str, Value], path: Path, value: Value) -> None:
         Unsupported: something else is in the way.
     """
     here: Any = tree
-    for part, following in zip(path, path[1:], strict=False):
+    for part, following in itertools.pairwise(path):
         made: Value = [] if type(following) is int else {}
         here = _entered(here, part, made, path)
     _entered(here, path[-1], value, path)
@@ -66,11 +67,15 @@ def number(tree: Value) -> None:
     `load_state_dict` knows its parameters. States by name, as `get_optimizer_state_dict` has them, stay."""
     if type(tree) is dict:
         state = tree.get("state")
-        if type(tree.get("param_groups")) is list and type(state) is dict:
-            if all(type(key) is str and key.isascii() and key.isdigit() for key in state):
-                tree["state"] = {int(key): value for key, value in state.items()}
+        is_of_optimizer = type(tree.get("param_groups")) is list
+        if is_of_optimizer and type(state) is dict and all(map(_is_number, state)):
+            tree["state"] = {int(key): value for key, value in state.items()}
         for value in tree.values():
             number(value)
+
+
+def _is_number(key: Value) -> bool:
+    return type(key) is str and key.isascii() and key.isdigit()
 
 
 def items(tree: Value, *, flattened: bool, is_tensor: IsTensor) -> Iterator[tuple[Path, Value]]:

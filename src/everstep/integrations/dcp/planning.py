@@ -14,10 +14,9 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem, WriteItemType
 
+from everstep.format.layout import Box
 from everstep.integrations.dcp.names import Path
-
-CUT_BYTES = 4 * 1024 * 1024
-"""What several ranks hold and is smaller is written by one of them; larger ones are cut."""
+from everstep.state import spreading
 
 
 class SavePlanner(DefaultSavePlanner):
@@ -95,30 +94,42 @@ def spread(plans: Sequence[SavePlan]) -> list[SavePlan]:
 
     Pure: the same plans give the same result, so that a rank finds the chunks of its last save again.
     """
-    holders: dict[MetadataIndex, list[int]] = defaultdict(list)
+    ranks: dict[MetadataIndex, list[int]] = defaultdict(list)
     found: dict[MetadataIndex, WriteItem] = {}
     for rank, plan in enumerate(plans):
         for item in plan.items:
             found.setdefault(item.index, item)
-            if rank not in holders[item.index]:
-                holders[item.index].append(rank)
-    load = [0] * len(plans)
-    for index, ranks in holders.items():
-        if len(ranks) == 1:
-            load[ranks[0]] += _size_bytes(found[index])
-    pieces: list[dict[MetadataIndex, list[WriteItem]]] = [{} for _ in plans]
-    for index, ranks in holders.items():
-        if len(ranks) == 1:
-            pieces[ranks[0]][index] = [found[index]]
-            continue
-        for piece in _cut(found[index], len(ranks)):
-            rank = min(ranks, key=lambda rank: load[rank])
-            load[rank] += _size_bytes(piece)
-            pieces[rank].setdefault(index, []).append(piece)
+            if rank not in ranks[item.index]:
+                ranks[item.index].append(rank)
+    groups: dict[tuple[int, ...], list[WriteItem]] = defaultdict(list)
+    for index, mine in ranks.items():
+        groups[tuple(mine)].append(found[index])
+    sizes = {holders: sum(map(_size_bytes, shared)) for holders, shared in groups.items()}
+    alone = {holders[0]: float(size) for holders, size in sizes.items() if len(holders) == 1}
+    several = {holders: size for holders, size in sizes.items() if len(holders) > 1}
+    shares = spreading.level(alone, several)
+    pieces: list[dict[MetadataIndex, list[WriteItem]]] = [defaultdict(list) for _ in plans]
+    for holders, shared in groups.items():
+        for rank, index, piece in _dealt(holders, shared, shares.get(holders, {})):
+            pieces[rank][index].append(piece)
     return [
-        dataclasses.replace(plan, items=[one for index in _order(plan) for one in mine.get(index, ())])
-        for plan, mine in zip(plans, pieces, strict=True)
+        dataclasses.replace(plan, items=[one for index in _order(plan) for one in its.get(index, ())])
+        for plan, its in zip(plans, pieces, strict=True)
     ]
+
+
+def _dealt(
+    holders: tuple[int, ...], items: Sequence[WriteItem], shares: dict[int, float]
+) -> Iterator[tuple[int, MetadataIndex, WriteItem]]:
+    """Who of the holders writes what of items that all of them have: (rank, the item's index, a piece)."""
+    boxes = [(_box(item), _item_bytes(item)) for item in items]
+    if len(holders) == 1:
+        parts = [[(holders[0], box)] for box, _ in boxes]
+    else:
+        parts = spreading.spread(boxes, shares)
+    for item, (whole, _), own in zip(items, boxes, parts, strict=True):
+        for rank, box in own:
+            yield rank, item.index, item if box == whole else _piece(item, box)
 
 
 def _order(plan: SavePlan) -> Iterator[MetadataIndex]:
@@ -126,35 +137,29 @@ def _order(plan: SavePlan) -> Iterator[MetadataIndex]:
     yield from dict.fromkeys(item.index for item in plan.items)
 
 
+def _box(item: WriteItem) -> Box:
+    """What is no tensor is something whole, of which the size is not known."""
+    data = item.tensor_data
+    return ((), ()) if data is None else (tuple(data.chunk.offsets), tuple(data.chunk.sizes))
+
+
+def _item_bytes(item: WriteItem) -> int:
+    return 1 if item.tensor_data is None else item.tensor_data.properties.dtype.itemsize
+
+
 def _size_bytes(item: WriteItem) -> int:
-    """Of what is no tensor it is not known, but it is something."""
-    data = item.tensor_data
-    if data is None or data.chunk is None:
-        return 1
-    return math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
+    return math.prod(_box(item)[1]) * _item_bytes(item)
 
 
-def _cut(item: WriteItem, parts: int) -> list[WriteItem]:
-    """An item in so many pieces at most, along the first dimension that is longer than 1."""
+def _piece(item: WriteItem, box: Box) -> WriteItem:
     data = item.tensor_data
-    if data is None or data.chunk is None or _size_bytes(item) < CUT_BYTES:
-        return [item]
-    sizes, offsets = data.chunk.sizes, data.chunk.offsets
-    along = next(number for number, size in enumerate(sizes) if size > 1)
-    pieces = []
-    for number in range(min(parts, sizes[along])):
-        begin, end = (sizes[along] * n // min(parts, sizes[along]) for n in (number, number + 1))
-        at = torch.Size([*offsets[:along], offsets[along] + begin, *offsets[along + 1 :]])
-        size = torch.Size([*sizes[:along], end - begin, *sizes[along + 1 :]])
-        chunk = ChunkStorageMetadata(offsets=at, sizes=size)
-        pieces.append(
-            WriteItem(
-                index=MetadataIndex(item.index.fqn, at),
-                type=WriteItemType.SHARD,
-                tensor_data=dataclasses.replace(data, chunk=chunk),
-            )
-        )
-    return pieces
+    assert data is not None
+    at, extent = map(torch.Size, box)
+    return WriteItem(
+        index=MetadataIndex(item.index.fqn, at),
+        type=WriteItemType.SHARD,
+        tensor_data=dataclasses.replace(data, chunk=ChunkStorageMetadata(offsets=at, sizes=extent)),
+    )
 
 
 def _within(own: WriteItem, chunk: ChunkStorageMetadata) -> list[int] | None:
@@ -164,7 +169,7 @@ def _within(own: WriteItem, chunk: ChunkStorageMetadata) -> list[int] | None:
         return None
     at = [begin - start for begin, start in zip(chunk.offsets, data.chunk.offsets, strict=True)]
     fits = all(
-        0 <= begin and begin + size <= length
+        begin >= 0 and begin + size <= length
         for begin, size, length in zip(at, chunk.sizes, data.chunk.sizes, strict=True)
     )
     return at if fits else None

@@ -48,12 +48,12 @@ class Reader(StorageReader):
 
         dcp.load(state_dict, storage_reader=everstep.dcp.Reader("runs/gpt"))
 
-    Each rank reads what it needs, several ranges at once, straight into its tensors where their memory allows,
-    and each byte is checked against its chunk's digest. Ranks and placements may be others than those that
-    the snapshot was taken with. All ranks load the same snapshot, also where a job saves meanwhile.
+    Each rank reads what it needs, several ranges at once, straight into its tensors where their memory
+    allows, and each byte is checked against its chunk's digest. Ranks and placements may be others than those
+    that the snapshot was taken with. All ranks load the same snapshot, also where a job saves meanwhile.
 
-    What a snapshot holds under `model/0.weight` is `{"model": {"0.weight": ...}}` here, and `model.0.weight` in
-    torch's own metadata. The state that a run keeps beside the objects (generators, the loader's position)
+    What a snapshot holds under `model/0.weight` is `{"model": {"0.weight": ...}}` here, and `model.0.weight`
+    in torch's own metadata. The state that a run keeps beside the objects (generators, the loader's position)
     is not part of it.
 
     Args:
@@ -73,9 +73,7 @@ class Reader(StorageReader):
         Conflict: the branch went on to a snapshot of other tensors while the ranks looked for the newest.
     """
 
-    def __init__(
-        self, url: str | os.PathLike[str] | Store, ref: str = HEAD, *, branch: str = MAIN
-    ) -> None:
+    def __init__(self, url: str | os.PathLike[str] | Store, ref: str = HEAD, *, branch: str = MAIN) -> None:
         super().__init__()
         self._place: Place = os.fspath(url) if isinstance(url, str | os.PathLike) else url
         self._ref = ref
@@ -156,7 +154,7 @@ class Reader(StorageReader):
         return done
 
     def _agreed(self, snapshot: object) -> _Found:
-        """What the coordinator has found; plans stay right where it has the same tensors in the same boxes."""
+        """What the coordinator has found. A plan stays right if it has the same tensors in the same boxes."""
         found = self._found
         assert found is not None
         if type(snapshot) is not str or snapshot == found.snapshot.id:
@@ -164,7 +162,7 @@ class Reader(StorageReader):
         agreed = _Found.of(found.chain, found.chain.snapshot(snapshot))
         if agreed.metadata.state_dict_metadata != found.metadata.state_dict_metadata:
             raise Conflict(
-                f"{self._ref!r} of {self.checkpoint_id} became another snapshot while the ranks looked for it",
+                f"{self._ref!r} of {self.checkpoint_id} became another snapshot while the ranks looked",
                 kept="nothing was loaded",
                 next=f"dcp.load(..., storage_reader=everstep.dcp.Reader(..., {snapshot[:8]!r}))",
             )
@@ -271,8 +269,8 @@ class _Found:
         stored = self._leaf(leaf)
         if tuple(tensor.shape) != tuple(item.lengths):
             raise ValueError(
-                f"{item.storage_index.fqn}: the planner gives a tensor of shape {list(tensor.shape)} for a box "
-                f"of {list(item.lengths)}"
+                f"{item.storage_index.fqn}: the planner gives a tensor of shape {list(tensor.shape)} "
+                f"for a box of {list(item.lengths)}"
             )
         part = self._slices[leaf.name, tuple(item.storage_index.offset or (0,) * len(stored.shape))]
         return boxes.Wanted(part, torch_dtype(stored.dtype), tuple(item.storage_offsets), tensor)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from everstep.chain.writer import Captured, Facts, Writer
 from everstep.errors import Damaged, EverstepError, Fenced, NotFound
 from everstep.format import keys, record
 from everstep.format.layout import Layout, Slice, lay_out
+from everstep.format.manifest import Manifest
 from everstep.format.record import LeaseRecord
 from everstep.integrations.dcp import verified
 from everstep.store.base import Store
@@ -41,18 +43,20 @@ class Seat:
 
 
 class Saving:
-    """One rank's side of a branch."""
+    """One rank's side of a branch. Saves may overlap: a part is stored after the other, and a commit does not
+    wait for what is stored meanwhile."""
 
     def __init__(self, chain: Chain, branch: str, seat: Seat) -> None:
         self.chain = chain
         self.branch = branch
         self.seat = seat
         self._writer = Writer(chain, Lease(chain.store, 0, branch), branch)
-        self._lock = threading.Lock()
+        self._storing, self._committing = threading.Lock(), threading.Lock()
         self._layout: Layout | None = None
-        part = verified.part_of(chain, branch, seat.rank, seat.ranks)
-        if part is not None:
-            self._writer.build_on(part)
+        self._stored: dict[str, Manifest] = {}
+        """Of a single rank: what is not committed, by name."""
+        self._good = verified.part_of(chain, branch, seat.rank, seat.ranks)
+        """What the next part may share, if it is not known to the writer."""
 
     def layout(self, slices: Sequence[Slice]) -> Layout:
         """The same object as long as the slices are the same: then less is to be told anew."""
@@ -67,11 +71,18 @@ class Saving:
 
     def store(self, captured: Captured) -> Part:
         """Store this rank's part of a snapshot; durable on return."""
-        with self._lock:
-            if self.seat.ranks > 1:
-                # Whether the last part was committed is not known here.
-                self._writer.look_again()
-            return self._writer.store_part(captured, self.seat.rank, self.seat.ranks)
+        with self._storing:
+            good, self._good = self._good, None
+            if good is not None:
+                self._writer.build_on(good)
+            # Whether the last part was committed is not known here, nor what was pruned since.
+            self._writer.look_again()
+            part = self._writer.store_part(captured, self.seat.rank, self.seat.ranks)
+            if self.seat.ranks == 1:
+                # Several ranks share with their last part anyway.
+                assert self._writer.stored is not None
+                self._stored = {part.manifest: self._writer.stored}
+            return part
 
     def commit(self, parts: Sequence[Part], facts: Facts, keep: Keep) -> Snapshot:
         """Make the parts a snapshot, the head of the branch; then drop what is not to stay.
@@ -80,16 +91,19 @@ class Saving:
             Conflict: another process of this machine is at it.
             Fenced: somebody else has saved to this branch since this process has.
         """
-        with self._lock:
-            _refuse_replaced(self.chain.store, self.branch, _left.get(_key(self.chain.store, self.branch)))
-            lease = Lease.take(self.chain.store, self.branch)
+        store, here = self.chain.store, (os.getpid(), self.chain.store.url, self.branch)
+        with self._committing:
+            _refuse_replaced(store, self.branch, _left.get(here))
+            lease = Lease.take(store, self.branch)
             try:
-                self._writer.go_on(lease, self._parent())
-                snapshot = self._writer.commit(parts, facts)
-                self._tidy(lease, keep)
+                writer = Writer(self.chain, lease, self.branch, self._parent())
+                snapshot = writer.commit(parts, facts)
+                self._good = self._stored.pop(parts[0].manifest, None)
+                if keep != ALL:
+                    self._tidy(lease, keep)
             finally:
                 lease.release()
-                _left[_key(self.chain.store, self.branch)] = lease.number + 1
+                _left[here] = lease.number + 1
             return snapshot
 
     def _parent(self) -> str:
@@ -98,12 +112,13 @@ class Saving:
         return "" if newest is None else newest.id
 
     def _tidy(self, lease: Lease, keep: Keep) -> None:
-        if keep == ALL:
-            return
-        plan = prune.plan(self.chain, keep, branches=[self.branch], mine=lease)
-        if plan is not None:
-            self._writer.forget_packs(set(plan.packs))
-            self._writer.has_pruned(prune.execute(self.chain, plan).records)
+        """A failure is told, and the snapshot stands."""
+        try:
+            plan = prune.plan(self.chain, keep, branches=[self.branch], mine=lease)
+            if plan is not None:
+                prune.execute(self.chain, plan)
+        except EverstepError as error:
+            warnings.warn(str(error), stacklevel=2)
 
 
 ALL = Keep.parse("all")
@@ -122,10 +137,6 @@ def saving(place: Place, branch: str, seat: Seat) -> Saving:
         if key not in _savings:
             _savings[key] = Saving(Chain(open_store(place)), branch, seat)
         return _savings[key]
-
-
-def _key(store: Store, branch: str) -> tuple[object, ...]:
-    return (os.getpid(), store.url, branch)
 
 
 # -- who has saved meanwhile -------------------------------------------------------------------------------

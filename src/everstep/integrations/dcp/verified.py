@@ -33,7 +33,9 @@ def note(chain: Chain, manifest: Manifest, ranges: Iterable[tuple[int, int, int]
     with _lock:
         if chain.about.chain not in _read:
             _read.clear()
-        _read.setdefault(chain.about.chain, set()).update(manifest.chunks[number].digest for number in numbers)
+        _read.setdefault(chain.about.chain, set()).update(
+            manifest.chunks[number].digest for number in numbers
+        )
 
 
 def part_of(chain: Chain, branch: str, rank: int, ranks: int) -> Manifest | None:

@@ -241,9 +241,10 @@ class _Told:
         self._plan = plan
         self._planner = planner
         self._items = {item.index.fqn: item for item in plan.items}
-        known = planner.state_dict if isinstance(planner, DefaultSavePlanner) else None
+        known: Mapping[str, Any] | None = None
         paths = plan.planner_data
-        if known is not None:
+        if isinstance(planner, DefaultSavePlanner):
+            known = planner.state_dict
             paths = planner.mappings if planner.flatten_state_dict else None
         self.flattened = isinstance(paths, Mapping)
         self._paths: Mapping[str, Path] = paths if isinstance(paths, Mapping) else {}
@@ -319,12 +320,8 @@ def _object(planner: SavePlanner, name: str) -> object:
         Unsupported: it cannot be had.
     """
     index = MetadataIndex(name)
-    plain = (DefaultSavePlanner, planning.SavePlanner)
     kind = type(planner)
-    if isinstance(planner, DefaultSavePlanner) and (
-        kind.transform_object is DefaultSavePlanner.transform_object
-        and any(kind.resolve_data is one.resolve_data for one in plain)
-    ):
+    if isinstance(planner, DefaultSavePlanner) and _takes_as_it_is(type(planner)):
         return planner.lookup_object(index)
     made = planner.resolve_data(WriteItem(index=index, type=WriteItemType.BYTE_IO))
     assert isinstance(made, io.BytesIO)
@@ -336,6 +333,13 @@ def _object(planner: SavePlanner, name: str) -> object:
         except (pickle.UnpicklingError, RuntimeError) as error:
             raise _refused(name, kind, "holds more than plain values") from error
     raise _refused(name, kind, "is none that could be read again without it")
+
+
+def _takes_as_it_is(planner: type[DefaultSavePlanner]) -> bool:
+    """Whether a planner does nothing of its own with the values it finds."""
+    own = planner.transform_object is not DefaultSavePlanner.transform_object
+    known = (DefaultSavePlanner.resolve_data, planning.SavePlanner.resolve_data)
+    return not own and any(planner.resolve_data is one for one in known)
 
 
 def _refused(name: str, planner: type, why: str) -> Unsupported:
