@@ -56,9 +56,17 @@ def some_state() -> State:
         "pair": (1, numbered((3,), torch.int64)),
         "array": np.arange(6, dtype="<i2").reshape(2, 3),
         "nothing": None,
+        "file": file(),
         "dtype": torch.float16,
         "order": OrderedDict(x=1, y=2),
     }
+
+
+def file() -> io.BytesIO:
+    """Some keep a file in memory in their state."""
+    made = io.BytesIO(b"some bytes")
+    made.seek(4)
+    return made
 
 
 def emptied(state: Any) -> Any:
@@ -79,6 +87,8 @@ def assert_same(one: Any, other: Any, path: str = "") -> None:
     elif isinstance(one, np.ndarray):
         assert one.dtype == other.dtype, path
         assert np.array_equal(one, other), path
+    elif isinstance(one, io.BytesIO):
+        assert (one.getvalue(), one.tell()) == (other.getvalue(), other.tell()), path
     elif isinstance(one, dict):
         assert list(one) == list(other), path
         for key, value in one.items():

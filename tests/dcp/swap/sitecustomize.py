@@ -32,6 +32,31 @@ def _need_no_gpus():
     torch.nn.Module.cuda = torch.Tensor.cuda = lambda self, *args, **kwargs: self
 
 
+def _gloo_for_meshes():
+    """Tests that ask for a group of the GPUs' get one of the CPUs'."""
+    from torch.testing._internal.distributed._tensor.common_dtensor import DTensorTestBase
+
+    init = DTensorTestBase.init_pg
+
+    def init_pg(self, eager_init, backend=None):
+        init(self, eager_init, "gloo")
+
+    DTensorTestBase.init_pg = init_pg
+
+
+def _shard_on_the_cpu():
+    """FSDP1 looks for an accelerator, unless it is told which device to use."""
+    import torch
+    from torch.distributed.fsdp import _init_utils
+
+    init = _init_utils._init_device_handle
+
+    def init_device_handle(state, module, ignored_params, device_id):
+        return init(state, module, ignored_params, device_id or torch.device("cpu"))
+
+    _init_utils._init_device_handle = init_device_handle
+
+
 class _Loader:
     """Loads a module as it would be, then does something more."""
 
@@ -66,7 +91,11 @@ class _Finder:
 
 
 if os.environ.get("EVERSTEP_TEST_SWAP"):
-    _then = {"torch.testing._internal.common_distributed": _need_no_gpus}
+    _then = {
+        "torch.testing._internal.common_distributed": _need_no_gpus,
+        "torch.testing._internal.distributed._tensor.common_dtensor": _gloo_for_meshes,
+        "torch.distributed.fsdp._init_utils": _shard_on_the_cpu,
+    }
     if os.environ["EVERSTEP_TEST_SWAP"] == "everstep":
         _then["torch.distributed.checkpoint"] = _swap_classes
     sys.meta_path.insert(0, _Finder(_then))
