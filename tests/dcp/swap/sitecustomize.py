@@ -30,6 +30,17 @@ def _need_no_gpus():
     common_distributed.skip_if_lt_x_gpu = needs_none
     # What asks for a GPU outright stays where it is.
     torch.nn.Module.cuda = torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    for name in ("rand", "randn", "randint", "ones", "zeros", "empty", "tensor", "arange", "full"):
+        setattr(torch, name, _here(getattr(torch, name)))
+
+
+def _here(make):
+    def made(*args, **kwargs):
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return make(*args, **kwargs)
+
+    return made
 
 
 def _gloo_for_meshes():
