@@ -23,11 +23,11 @@ from everstep.format.values import Value
 from everstep.state import rng
 from everstep.state.holding import own_name
 from everstep.state.objects import (
-    is_stateful,
     module_key,
     modules,
     optimizer_parameters,
     optimizers,
+    snapshot_of,
     state_names,
     trained,
 )
@@ -285,17 +285,6 @@ def _sorts(objects: Mapping[str, object], leaves: Leaves, lasting: frozenset[str
     states = tuple(f"{join(name, 'state')}/" for name in optimizers(objects))
     late = watched | {leaf for leaf in leaves if leaf.startswith(states)} if states else watched
     return Sorts(lasting, kin, frozenset(late), frozenset(watched), frozenset(frozen))
-
-
-def snapshot_of(value: object) -> object:
-    """The plain state of one object: its `state_dict()`, a generator's state, or the value itself."""
-    if isinstance(value, torch.nn.Module):
-        return {module_key(key): item for key, item in value.state_dict().items()}
-    if is_stateful(value):
-        return value.state_dict()  # type: ignore[attr-defined]
-    if rng.is_generator(value):
-        return rng.generator_state(value)
-    return value
 
 
 def _gradients(path: str, objects: Mapping[str, object], names: Collection[str], leaves: Leaves) -> Value:

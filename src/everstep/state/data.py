@@ -8,6 +8,9 @@ The order of an epoch grows from a few states as of the epoch's start (RNGs, cou
 To resume is to put these back, to make the iterator anew and to skip what was delivered: index batches of
 a sampler where there is one, which loads nothing, and batches only where there is no other way.
 
+Of many ranks each has its own loader, and its own position. On another number of ranks the rest of the
+epoch is dealt anew, where it is known how it was dealt (`dealing`).
+
 Below this: `order`, what the order of an epoch grows from and how it is repeated; `workers`, the random
 numbers drawn to fetch a sample.
 """
@@ -17,13 +20,15 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from everstep.errors import Mismatch
 from everstep.state import rng
+from everstep.state.dealing import Deal, dealt
 from everstep.state.order import Order, Origin, Start, State, misfit, ordered, samplers, skip
 from everstep.state.workers import (
     fetched_from,
@@ -68,7 +73,7 @@ class Track(ABC):
 
     Attributes:
         epoch: finished epochs.
-        delivered: batches handed to the loop in this epoch.
+        delivered: batches handed to the loop in this epoch, since it was dealt to as many ranks as there are.
         open: True from the hand-over of a batch until `settle`.
         on_ready: called once after `load`, when the position has been taken up. In the midst of an epoch
             that is right before the first fetch; between epochs, before the iterator is made, since
@@ -91,6 +96,8 @@ class Track(ABC):
         self._announced = True
         self._notes: dict[str, None] = {}
         self._sizes: State = {}
+        self._deal: Deal | None = None
+        """How the epoch under way is dealt, if that is known."""
 
     def __iter__(self) -> Generator[Any, None, None]:
         # Not a generator itself: `iter(loader)` draws a seed at once, and so must this.
@@ -121,20 +128,86 @@ class Track(ABC):
             "delivered": self.delivered,
             "begun": self._live is not None,
             "sizes": self._sizes if self._live is not None else {},
+            "deal": self._deal.saved() if self._live is not None and self._deal is not None else None,
             "notes": list(self._notes),
             "carried": self._carried(),
             "fetching": generator_states(fetched_from(self.loader)),
             **self._position(),
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(
+        self, state: Mapping[str, Any], before: int = 1, now: int = 1, *, approximate: bool = False
+    ) -> None:
         """Set the position that the next `iter` takes up.
+
+        On another number of ranks what is left of the epoch is dealt to them anew: each of its samples
+        once, but for those that the sampler deals twice to make it go round. That is for a `DataLoader` (or
+        torchdata's `StatefulDataLoader`) over a map-style dataset without a state of its own, with a
+        `DistributedSampler` and torch's own batches: then and, unless there is one rank, now. Between
+        epochs any loader will do.
+
+        Args:
+            state: of this rank; on another number of ranks that of any.
+            before, now: how many ranks there were, and are.
+            approximate: where it is not known how an epoch was dealt, go on after as many batches on each
+                rank, by which some samples may come twice and others not at all, and say so in `reasons`.
 
         Raises:
             Mismatch: the state is of another kind of loader, or the batches so far cannot be mapped to
                 those of this one. Nothing was touched.
         """
+        moved = before != now
+        deal = Deal.read(state.get("deal")) if state["begun"] else None
+        here = Deal.of(self.loader)
+        if here is None and moved and now == 1:
+            here = _alone(deal, self.loader)
+        if deal is not None and here is not None and (deal.rank, deal.ranks) != (here.rank, here.ranks):
+            state = self._dealt_anew(state, deal.anew(state["delivered"], here))
+        elif moved and (deal is None or here is None):
+            state = self._as_far(state, before, now, approximate)
+        else:
+            self._check(state)
+        self._set(state)
+
+    def _dealt_anew(self, state: Mapping[str, Any], deal: Deal) -> State:
+        """A position at the beginning of what is left of an epoch."""
+        samples = _length(self.loader.dataset)
+        if state.get("kind") != self.kind or samples != deal.samples:
+            raise misfit(
+                f"with a loader of kind {state.get('kind')!r} over {deal.samples} samples",
+                f"is of kind {self.kind!r} over {samples}",
+            )
+        afresh = self._afresh(state, seeded=deal.seeded)
+        return {**state, "deal": deal.saved(), "delivered": 0, "sizes": {}, **afresh}
+
+    def _afresh(self, state: Mapping[str, Any], seeded: Callable[[int], int] | None = None) -> State:
+        """What else is another in a position from which other ranks go on; `seeded` makes this rank's own
+        of a seed of another's."""
+        return {}
+
+    def _as_far(self, state: Mapping[str, Any], before: int, now: int, approximate: bool) -> State:
+        """A position in data of which nobody knows how it was dealt."""
+        if not state["begun"]:
+            state = {**state, **self._afresh(state)}
+            self._check(state)
+            return dict(state)
+        if not approximate:
+            name = type(self.loader).__name__
+            raise Mismatch(
+                f"The snapshot was taken by {before} ranks in the midst of an epoch, there are {now} now; "
+                f"it is not known how this {name} deals its samples to ranks (it is of a DataLoader with a "
+                "DistributedSampler)",
+                kept="nothing was changed",
+                next="approximate_data=True to go on after as many batches on each rank",
+            )
+        sizes = {name: size for name, size in state["sizes"].items() if name == "samples"}
+        done = state["delivered"]
+        note = f"the data goes on after {done} batches on each of {now} ranks, which {before} ranks had"
+        state = {**state, "sizes": sizes, "notes": [*state["notes"], note]}
         self._check(state)
+        return state
+
+    def _set(self, state: Mapping[str, Any]) -> None:
         self.epoch, self.delivered = state["epoch"], state["delivered"]
         self.open = False
         self._let_go()
@@ -194,6 +267,8 @@ class Track(ABC):
     def _start(self) -> Iterator[Any]:
         with rng.aside():
             self._sizes = _sizes(self.loader)
+            loaded = self._loaded if self._loaded is not None and self._loaded["begun"] else {}
+            self._deal = Deal.read(loaded.get("deal")) or Deal.of(self.loader)
             live = self._taken_up()
         if live is None:
             self._announce()
@@ -279,6 +354,7 @@ class MapTrack(Track):
 
     def _begin(self) -> Iterator[Any]:
         view, order = self._watched()
+        order.instead = None
         if self._started and view.persistent_workers and view._iterator is None:
             # Where workers persist, only the first epoch of their life draws a base seed. When that one
             # was in another process, they are started aside, so that the draws come out the same.
@@ -289,6 +365,8 @@ class MapTrack(Track):
 
     def _resume(self, position: State) -> Iterator[Any]:
         view, order = self._watched()
+        if self._deal is not None and self._deal.before:
+            order.instead = self._deal.batches(self.loader)
         with order.repeating(Start(**position["start"]), self.delivered):
             live = iter(view)
             # Workers have the first index batches pulled at once. Without them it is done here, before
@@ -340,6 +418,13 @@ class MapTrack(Track):
         pulls = self._order.pulls
         return {"start": vars(pulls.start).copy(), "mark": pulls.mark(self.delivered), "asked": pulls.asked}
 
+    def _afresh(self, state: Mapping[str, Any], seeded: Callable[[int], int] | None = None) -> State:
+        afresh: State = {"asked": 0, "mark": b"", "workers": self.loader.num_workers}
+        if seeded is not None:
+            # Not the random numbers that samples of this epoch have had already.
+            afresh["start"] = {**state["start"], "seed": seeded(state["start"]["seed"])}
+        return afresh
+
     def _accept(self, position: State) -> None:
         super()._accept(position)
         self._started = position["started"]
@@ -364,6 +449,7 @@ class StatefulTrack(Track):
         # where they were. The state of any other loader is that loader's own affair.
         parts = {"loader": loader, **samplers(loader)} if self._torch else {}
         super().__init__(loader, Origin(parts, with_states=False))
+        self._dealt: DataLoader[Any] | None = None
 
     def _begin(self) -> Iterator[Any]:
         return _iterator(self.loader)
@@ -380,6 +466,11 @@ class StatefulTrack(Track):
 
     def _resume(self, position: State) -> Iterator[Any]:
         self._origin.put(position["carried"])
+        if self._is_dealt_anew():
+            assert self._deal is not None
+            batches = list(self._deal.batches(self.loader))[self.delivered :]
+            self._dealt = dealt(self.loader, batches)
+            return _iterator(self._dealt)
         self.loader.load_state_dict(position["loader"])
         live = _iterator(self.loader)
         # Making the iterator went over the order from its start; the generators belong where they were.
@@ -391,7 +482,20 @@ class StatefulTrack(Track):
             self._origin.carried()
         )  # also in an epoch: the loader has a record of its start, not this track
 
+    def _is_dealt_anew(self) -> bool:
+        """Whether the epoch under way is what was left of one: then the loader itself knows nothing of it."""
+        return self._deal is not None and self._deal.before > 0
+
+    def _finish(self) -> None:
+        super()._finish()
+        self._deal = self._dealt = None
+
+    def _afresh(self, state: Mapping[str, Any], seeded: Callable[[int], int] | None = None) -> State:
+        return {"loader": None, "workers": self._workers()}
+
     def _position(self) -> State:
+        if self._live is not None and self._is_dealt_anew():
+            return {"loader": None, "workers": self._workers()}
         # Before its first epoch, torchdata's loader would make an iterator, and draw, to have a state.
         unused = self._torch and self.loader._iterator is None
         return {"loader": None if unused else self.loader.state_dict(), "workers": self._workers()}
@@ -480,6 +584,14 @@ class ReplayTrack(Track):
         if self.loader.persistent_workers and self.epoch:
             reasons.append("persistent workers carry their random numbers from one epoch into the next")
         return reasons
+
+
+def _alone(deal: Deal | None, loader: Any) -> Deal | None:
+    """How one rank's loader, which needs no sampler that deals, gets all that is left."""
+    known = isinstance(loader, DataLoader) and type(loader.batch_sampler) is BatchSampler
+    if deal is None or not known or _length(loader.dataset) != deal.samples:
+        return None
+    return replace(deal, rank=0, ranks=1, batch=loader.batch_size or deal.batch)
 
 
 def _iterator(loader: Iterable[Any]) -> Iterator[Any]:

@@ -11,11 +11,23 @@ import torch
 
 from everstep.errors import Mismatch
 from everstep.format.manifest import RUN
+from everstep.state import rng
 
 
 def is_stateful(value: object) -> bool:
     """Whether it has both `state_dict` and `load_state_dict`."""
     return all(callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+def snapshot_of(value: object) -> object:
+    """The plain state of one object: its `state_dict()`, a generator's state, or the value itself."""
+    if isinstance(value, torch.nn.Module):
+        return {module_key(key): item for key, item in value.state_dict().items()}
+    if is_stateful(value):
+        return value.state_dict()  # type: ignore[attr-defined]
+    if rng.is_generator(value):
+        return rng.generator_state(value)
+    return value
 
 
 def is_container(value: object) -> bool:

@@ -173,6 +173,7 @@ class Order:
     Attributes:
         name: the type of the user's sampler, for messages.
         epoch: finished epochs, set by the track before each iteration.
+        instead: what the next iteration goes by in the sampler's place; None: nothing.
         pulls: the latest iteration.
     """
 
@@ -190,6 +191,7 @@ class Order:
         self.ahead = self.workers * (loader.prefetch_factor or 0) + 1
         self.repeats: Start | None = None
         self.skips = 0
+        self.instead: Any = None
         self._generator = loader.generator
         self._silent = False
 
@@ -241,7 +243,7 @@ class Pulls:
         if self._repeats is not None:
             order.origin.put(self._repeats.made)
         self.start = Start(made=order.origin.everything())
-        self._inner = iter(order.sampler)
+        self._inner = iter(order.sampler if order.instead is None else order.instead)
         self.asked = 0
         self._taken = 0
         self._samples = 0

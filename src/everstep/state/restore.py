@@ -10,6 +10,7 @@ a reason why that is not all (`_Restoration.moved`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from everstep.errors import Damaged, EverstepError, Mismatch, NotFound
+from everstep.errors import Damaged, EverstepError, Mismatch, NotFound, Unsupported
 from everstep.format.joining import merge
 from everstep.format.manifest import CONFIG, OBJECTS, OWN, RUN, Manifest
 from everstep.format.values import Leaf, Value
@@ -31,9 +32,10 @@ from everstep.state.objects import (
     is_stateful,
     module_key,
     optimizer_parameters,
+    snapshot_of,
     trained,
 )
-from everstep.state.sharding import is_sharded, local, sharded_like
+from everstep.state.sharding import is_sharded, local, may_be_sharded, sharded_like
 from everstep.state.tree import Leaves, Tensorlike, dtype_name, flatten, join, leaf_names, located, unflatten
 from everstep.state.world import World
 
@@ -308,8 +310,9 @@ class _Restoration:
             if isinstance(value, torch.optim.lr_scheduler.LRScheduler):
                 self._check_keys(name, value)
             self._check_kind(name, value)
-            for leaf in leaf_names(self.saved[name]):
-                self._new(leaf, leaves.CPU)
+            likes = _sharded_leaves(name, value)
+            for path, leaf in located(name, self.saved[name]):
+                self._new_like(leaf, likes.get(path, leaves.CPU))
 
     def _check_module(self, name: str, module: torch.nn.Module) -> None:
         live = {path: one for path, one in _live_leaves(name, module).items() if self._wants(path)}
@@ -413,7 +416,7 @@ class _Restoration:
         self.fresh[name] = like
 
     def _new_like(self, name: str, like: leaves.Like) -> None:
-        """New memory for what belongs to a parameter; where that is a DTensor it is one, too."""
+        """New memory for a leaf; where what it is like is a DTensor it is one, too."""
         if is_sharded(like) and name.startswith(OWN) and self._is_local(name, like):
             self.sharded[name] = like
             like = local(like)
@@ -511,6 +514,16 @@ def _live_leaves(name: str, value: Any) -> Leaves:
         state = {module_key(key): item for key, item in state.items()}
     flatten(name, state, leaves)
     return leaves
+
+
+def _sharded_leaves(name: str, value: object) -> dict[str, torch.Tensor]:
+    """The DTensors in the state of an object, which gets others like them."""
+    live: Leaves = {}
+    if may_be_sharded() and (is_stateful(value) or is_container(value)):
+        # What cannot be stored is not for a restore to refuse.
+        with contextlib.suppress(Unsupported):
+            flatten(name, snapshot_of(value), live)
+    return {path: one for path, one in live.items() if isinstance(one, torch.Tensor) and is_sharded(one)}
 
 
 def _shape(leaf: str, tensor: Tensorlike) -> tuple[int, ...]:

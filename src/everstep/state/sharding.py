@@ -22,6 +22,8 @@ from everstep.errors import Unsupported
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+_MODULE = "torch.distributed.tensor"
+
 Shape: TypeAlias = "tuple[int, ...]"
 
 Box: TypeAlias = "tuple[Shape, Shape]"
@@ -44,8 +46,8 @@ class Placement:
 class Spec:
     """How a tensor is spread over ranks: those of a mesh in row-major order, and the mesh's shape.
 
-    `inner_first`: it is cut along the mesh's last dimension first, in plain pieces. That is what FSDP does to
-    what is cut for tensor parallelism already; its placements say the same unless the pieces are uneven.
+    `inner_first`: what is interleaved is cut last, in plain pieces. So FSDP cuts what is cut for tensor
+    parallelism already; its placements say the same unless the pieces are uneven.
     """
 
     ranks: tuple[int, ...]
@@ -74,9 +76,14 @@ def _numbers(ranks: tuple[int, ...]) -> dict[int, int]:
     return {rank: number for number, rank in enumerate(ranks)}
 
 
+def may_be_sharded() -> bool:
+    """Whether there can be DTensors at all: nobody has made one without importing what takes a second to."""
+    return _MODULE in sys.modules
+
+
 def is_sharded(tensor: object) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor. Does not import what takes a second to."""
-    module = sys.modules.get("torch.distributed.tensor")
+    """Whether it is a DTensor."""
+    module = sys.modules.get(_MODULE)
     return module is not None and isinstance(tensor, module.DTensor)
 
 
@@ -109,7 +116,8 @@ def spec_of(path: str, tensor: DTensor, rank: int) -> Spec:
     held, where = tuple(local(tensor).shape), spec.coordinate(rank)
     if where is None:
         return spec
-    for one in (spec, replace(spec, inner_first=True)):
+    ways = (replace(spec, inner_first=True), spec) if _is_of_fsdp(spec) else (spec,)
+    for one in ways:
         if tuple(sum(size for _, size in runs) for runs in runs_of(tuple(tensor.shape), one, where)) == held:
             return one
     placements_text = ", ".join(map(str, tensor.placements))
@@ -118,6 +126,16 @@ def spec_of(path: str, tensor: DTensor, rank: int) -> Spec:
         f"its placements {placements_text} say otherwise",
         kept="no snapshot was taken, and the state is untouched",
         next="distribute_tensor(), which cuts as they say",
+    )
+
+
+def _is_of_fsdp(spec: Spec) -> bool:
+    """Whether pieces are interleaved as many times as the same dimension is cut further right in the mesh."""
+    placed = list(zip(spec.placements, spec.mesh, strict=True))
+    return any(one.interleaved > 1 for one in spec.placements) and all(
+        one.interleaved
+        in (1, math.prod(size for other, size in placed[number + 1 :] if other.dim == one.dim))
+        for number, one in enumerate(spec.placements)
     )
 
 
@@ -171,7 +189,10 @@ def runs_of(shape: Shape, spec: Spec, where: Shape) -> list[list[Run]]:
     """What lies at `where` in the mesh, in each dimension of a tensor."""
     runs: list[list[Run]] = [[(0, size)] if size else [] for size in shape]
     order = list(zip(spec.placements, spec.mesh, where, strict=True))
-    for placement, parts, number in reversed(order) if spec.inner_first else order:
+    if spec.inner_first:
+        last = [one for one in order if one[0].interleaved > 1]
+        order = [one for one in order if one[0].interleaved == 1] + last[::-1]
+    for placement, parts, number in order:
         dim = placement.dim
         if dim is None:
             continue

@@ -169,8 +169,8 @@ class _Making:
         for part in held.parts:
             label = _label(row, part)
             number = next(n for n, box in enumerate(held.boxes) if overlap(box, part) or not elements(part))
-            self.leaves[label] = within(pieces[number], held.boxes[number], part)
-            if part != whole(row.shape):
+            view = self.leaves[label] = within(pieces[number], held.boxes[number], part)
+            if tuple(view.shape) != row.shape:
                 self.places[label] = Place(row.name, row.shape, part)
 
 

@@ -122,7 +122,7 @@ def _leaf(path: str, tensor: Tensorlike, leaves: Leaves) -> Leaf:
 def _storable(path: str, tensor: torch.Tensor) -> torch.Tensor:
     if is_sharded(tensor):
         _storable(path, local(tensor))
-        return tensor.detach()
+        return tensor.detach() if tensor.requires_grad else tensor
     if type(tensor) not in PLAIN_TENSORS and is_traceable_wrapper_subclass(tensor):
         raise _refused(path, f"is a {type(tensor).__qualname__}, a tensor without storage of its own")
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
