@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 from making import GRID_BYTES
 
-from everstep.chain import parts
+from everstep.chain import parts, prune
+from everstep.chain.census import Census
 from everstep.chain.encoding import Always
 from everstep.chain.history import Chain, Snapshot
 from everstep.chain.lease import Lease
 from everstep.chain.parts import Part, Take
 from everstep.chain.reader import Reader, Target
+from everstep.chain.retention import Keep
 from everstep.chain.writer import Captured, Facts, Writer
 from everstep.format import values
 from everstep.format.chunk import Encoding
@@ -98,7 +100,7 @@ class State:
         arena = bytearray(layout.arena_bytes)
         for one, (number, offset) in zip(layout.slices, layout.places, strict=True):
             start = layout.regions[number].offset + offset
-            if one.name.startswith("~rank/"):
+            if one.name == own_name(rank):
                 data = self.own[rank]
             else:
                 data = self.leaves[one.name][where(one.box)].tobytes()
@@ -113,13 +115,18 @@ class State:
             if holder == rank and (0 not in box[1] or 0 in SHAPES[name])
         ]
         own = len(self.own[rank])
-        return lay_out([*slices, Slice(f"~rank/{rank}/rng", "uint8", (own,), (0,), (own,))])
+        return lay_out([*slices, Slice(own_name(rank), "uint8", (own,), (0,), (own,))])
 
     def tree(self, rank: int) -> Any:
         return {
             "objects": {name: Leaf(name) for name in self.leaves},
-            "run": {"rng": Leaf(f"~rank/{rank}/rng"), "value": self.value},
+            "run": {"rng": {"torch": Leaf(own_name(rank))}, "value": self.value},
         }
+
+
+def own_name(rank: int) -> str:
+    """The leaf that each rank has for itself."""
+    return f"~rank/{rank}/run/rng/torch"
 
 
 def where(box: Box) -> tuple[slice, ...]:
@@ -132,10 +139,11 @@ def state(seed: int, ranks: int) -> State:
     return State(leaves, [rng.bytes(16) for _ in range(ranks)], seed)
 
 
-def gathered(reader: Reader, manifest: Manifest) -> dict[str, Array]:
-    """The leaves of a joined manifest, put together from their boxes."""
+def gathered(reader: Reader, manifest: Manifest, strict: bool = True) -> dict[str, Array]:
+    """The leaves of a joined manifest, put together from their boxes. `strict`: without a remark."""
     regions = [memoryview(bytearray(one.size_bytes)) for one in manifest.regions]
-    assert not reader.fill(manifest, [Target(number, 0, one) for number, one in enumerate(regions)])
+    remarks = reader.fill(manifest, [Target(number, 0, one) for number, one in enumerate(regions)])
+    assert not (strict and remarks)
     found: dict[str, Array] = {}
     for leaf in manifest.leaves:
         dtype = np.dtype(leaf.dtype)
@@ -152,7 +160,7 @@ def assert_restores(chain: Chain, snapshot: Snapshot, wanted: State) -> None:
     for name, array in wanted.leaves.items():
         assert got.pop(name).tobytes() == array.tobytes(), f"{name} came back as something else"
     for rank, own in enumerate(wanted.own):
-        assert got.pop(f"~rank/{rank}/rng").tobytes() == own
+        assert got.pop(own_name(rank)).tobytes() == own
     assert not got
     assert [part.tree for part in chain.manifests(snapshot)] == [wanted.tree(r) for r in range(wanted.ranks)]
 
@@ -161,23 +169,31 @@ class World:
     """The writers of all ranks of a job, which take turns in one thread."""
 
     def __init__(
-        self, store: Store | str, ranks: int, encoding: Encoding = Encoding.RAW, branch: str = "main"
+        self,
+        store: Store | str,
+        ranks: int,
+        encoding: Encoding = Encoding.RAW,
+        branch: str = "main",
+        through: Mapping[int, Store] | None = None,
     ) -> None:
+        """`through`: the ways of some ranks to the store."""
         self.chain = Chain.create(store, GRID_BYTES)
+        self.chains = [Chain((through or {}).get(rank, self.chain.store)) for rank in range(ranks)]
         self.ranks = ranks
         self.lease = Lease.take(self.chain.store, branch)
         newest = self.chain.head(branch) if self.chain.is_branch(branch) else None
         self.parent = newest.id if newest is not None else ""
         self.number = 0
+        self.census = Census(self.chains[0])
         self.writers = [
             Writer(
-                self.chain,
-                self.lease if rank == 0 else Lease(self.chain.store, self.lease.number, branch),
+                chain,
+                Lease(chain.store, self.lease.number, branch),
                 branch,
                 self.parent,
                 Always(encoding),
             )
-            for rank in range(ranks)
+            for chain in self.chains
         ]
         if newest is not None and len(newest.record.manifests) == ranks:
             for writer, part in zip(self.writers, self.chain.manifests(newest), strict=True):
@@ -193,18 +209,26 @@ class World:
         random.Random(take.number).shuffle(order)
         return [
             parts.announce(
-                self.chain, take, self.writers[rank].store_part(one.captured(rank), rank, self.ranks)
+                self.chains[rank], take, self.writers[rank].store_part(one.captured(rank), rank, self.ranks)
             )
             for rank in order
         ]
 
     def commit(self, take: Take, step: int) -> Snapshot:
-        found = parts.gather(self.chain, take, self.ranks, deadline_s=0.0)
+        found = parts.gather(self.chains[0], take, self.ranks, deadline_s=0.0)
         snapshot = self.writers[0].commit(found, Facts(step=step))
-        parts.clear(self.chain, take)
+        parts.clear(self.chains[0], take)
         return snapshot
 
     def take(self, one: State, step: int) -> Snapshot:
         take = self.begin()
         self.store(take, one)
         return self.commit(take, step)
+
+    def prune(self, keep: Keep) -> None:
+        """As rank 0's keeper does after a commit."""
+        chain, writer = self.chains[0], self.writers[0]
+        plan = prune.plan(chain, keep, branches=[writer.branch], mine=writer.lease, census=self.census)
+        if plan is not None:
+            writer.forget_packs(set(plan.packs))
+            writer.has_pruned(prune.execute(chain, plan).records)

@@ -13,8 +13,8 @@ import pytest
 from bench import prune_kills
 from making import Content, content, restored, started
 
-from everstep.chain import lease, prune
-from everstep.chain.doomed import refuse_doomed
+from everstep.chain import lease, names, prune
+from everstep.chain.doomed import Doomed, announce, refuse_doomed
 from everstep.chain.history import Chain, Snapshot, now
 from everstep.chain.lease import Lease
 from everstep.chain.prune import Repack
@@ -573,3 +573,23 @@ def test_killed_at_random_operations_on_a_real_object_store(ceph: S3, bucket: Bu
     assert outcome.kills == 8
     assert outcome.operations > 100
     assert outcome.copied_bytes > 0
+
+
+def test_two_prunes_that_end_at_once_leave_the_newest_number() -> None:
+    """It tells whoever looks next that there was one."""
+    store = MemoryStore()
+    first = announce(store, ["ab" * 32], [], [])
+    ended = False
+
+    def ask() -> None:
+        """The second one begins and ends when the first has put its last record, and deletes then."""
+        nonlocal ended
+        if not ended and names.newest(store, keys.PRUNES) == 2:
+            ended = True
+            announce(store, ["cd" * 32], [], []).finish()
+
+    first._store = Through(store, ask)
+    first.finish()
+    assert ended
+    assert names.newest(store, keys.PRUNES) == 4
+    assert Doomed(store).look()

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 
 from everstep.chain.history import SHORT, Chain, Snapshot
 from everstep.chain.names import is_object
+from everstep.chain.parts import read as read_part
 from everstep.chain.relocations import Relocations
 from everstep.chain.retention import Listed
-from everstep.errors import Damaged, EverstepError, NotFound, Unsupported
+from everstep.errors import Damaged, EverstepError, NotFound
 from everstep.format import keys
 from everstep.format import manifest as manifests
 from everstep.format.chunk import digest
 from everstep.format.manifest import FORMAT
-from everstep.format.record import MAX_RECORD_BYTES, HeadRecord, unseal
+from everstep.format.record import MAX_RECORD_BYTES, HeadRecord, PartRecord, unseal
 from everstep.store.base import Distant, Entry
 from everstep.store.parallel import in_parallel
 
@@ -51,6 +52,11 @@ class Census:
         """By manifest."""
         self._places: dict[str, dict[str, array[int]]] = {}
         """By manifest that was looked at closely."""
+        self._commits: dict[tuple[str, int], dict[str, float]] = {}
+        """By branch and writer: the head records that it was seen to have put, also those that have gone
+        since, and when that was."""
+        self._parts: dict[str, PartRecord | None] = {}
+        """By key; None for one that cannot be read."""
         self.relocations = Relocations(chain.store)
 
     # -- what is listed -----------------------------------------------------------------------------------
@@ -67,9 +73,17 @@ class Census:
             advance = self._advance(entry)
             if advance is not None:
                 found.setdefault(advance.branch, []).append(advance)
+                if advance.listed is not None:
+                    seen = self._commits.setdefault((advance.branch, advance.writer), {})
+                    seen[entry.key] = entry.modified_at
         listed = {one.listed.id for line in found.values() for one in line if one.listed is not None}
         self._facts = {id: facts for id, facts in self._facts.items() if id in listed}
         return found
+
+    def commits(self, branch: str, writer: int) -> list[float]:
+        """When a writer was seen to commit to a branch, by the store's clock, the newest first."""
+        seen = self._commits.get((branch, writer), {})
+        return [seen[key] for key in sorted(seen)]
 
     def _advance(self, entry: Entry) -> Advance | None:
         """None where it has gone since it was listed."""
@@ -115,6 +129,19 @@ class Census:
         if id not in self._facts:
             self._facts[id] = _facts(self.chain.snapshot(id))
         return self._facts[id]
+
+    def parts(self, wanted: Collection[str]) -> list[PartRecord]:
+        """The part records at these keys that can be read: who commits looks at what they say once more, so
+        one that cannot keeps nothing back."""
+        self._parts = {key: one for key, one in self._parts.items() if key in wanted}
+        self._at_once([key for key in wanted if key not in self._parts], self._read_part)
+        return [one for one in self._parts.values() if one is not None]
+
+    def _read_part(self, key: str) -> None:
+        try:
+            self._parts[key] = read_part(self.chain.store, key)
+        except (Damaged, NotFound):
+            self._parts[key] = None
 
     # -- what it needs ------------------------------------------------------------------------------------
 
@@ -168,7 +195,5 @@ class Census:
 
 def _facts(snapshot: Snapshot) -> tuple[Listed, tuple[str, ...]]:
     record = snapshot.record
-    if len(record.manifests) != 1:
-        raise Unsupported(f"snapshot {snapshot.short} was taken by several ranks")
     listed = Listed(snapshot.id, record.step, record.taken_at, metrics=record.metrics, parents=record.parents)
     return listed, record.manifests

@@ -6,6 +6,7 @@ are read. Needs no torch, and numpy only to say by how much.
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,15 +14,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
+from everstep.chain.boxes import Window, gather, windows
 from everstep.chain.drift import Drift, drift
 from everstep.chain.figures import Amount, Figures, element, require_numpy
 from everstep.chain.history import Chain, Snapshot
 from everstep.chain.reader import Reader, Target
 from everstep.chain.trees import ValueChange, differences
-from everstep.errors import Damaged, Unsupported
+from everstep.errors import Damaged
 from everstep.format.chunk import aligned
-from everstep.format.layout import item_bytes
-from everstep.format.manifest import OBJECTS, RUN, Manifest, StoredLeaf, StoredSlice
+from everstep.format.layout import Box, item_bytes
+from everstep.format.manifest import OBJECTS, OWN, RUN, Manifest, StoredLeaf, StoredSlice
 from everstep.format.values import Value
 
 AHEAD_BYTES = 32 * 1024 * 1024
@@ -104,8 +106,9 @@ def compare(
 ) -> Difference:
     """What became of snapshot `a` in snapshot `b`.
 
-    Reads two manifests (none where both are the same state), and of the chunks only those that are not on
-    both sides. Takes memory for a few chunks, whatever the size of a leaf. Blocks on I/O; touches nothing.
+    Reads the manifests of both (none where both are the same state), and of the chunks only those that are
+    not on both sides; but all of a leaf that is in other slices there. Takes memory for a few chunks,
+    whatever the size of a leaf. Blocks on I/O; touches nothing.
 
     Args:
         values: read what changed, and say by how much. Without it no pack is read, and of leaves that share a
@@ -114,7 +117,7 @@ def compare(
     Raises:
         Damaged: something is missing or is not what was written; the message names the leaf.
         NotFound: a snapshot was pruned meanwhile.
-        Unsupported: a snapshot or a leaf is spread over several ranks, or numpy is missing.
+        Unsupported: numpy is missing.
     """
     metrics = tuple(differences(a.record.metrics, b.record.metrics))
     environment = tuple(drift(a.record.environment, b.record.environment))
@@ -122,7 +125,7 @@ def compare(
         return Difference(a, b, True, metrics=metrics, environment=environment)
     before, after = _Side(chain_a, a), _Side(chain_b, b)
     pairs = _pairs(before.manifest, after.manifest)
-    read = values and any(pair.differing for pair in pairs)
+    read = values and any(pair.may_differ for pair in pairs)
     changes = _measured(pairs, before, after, on_progress) if read else _unread(pairs)
     changes += _come_and_gone(before.manifest, after.manifest)
     trees = list(_readable(differences(before.manifest.tree, after.manifest.tree)))
@@ -161,8 +164,11 @@ def _order(change: LeafChange) -> tuple[bool, bool, float, str]:
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Elements of a leaf from `begin` up to `end`, that differ or may. `certain`: by the digests they do."""
+    """Elements of a slice from `begin` up to `end`, that differ or may, and where the slice lies on each
+    side. `certain`: by the digests they do."""
 
+    mine: StoredSlice
+    theirs: StoredSlice
     begin: int
     end: int
     certain: bool
@@ -170,12 +176,14 @@ class _Stretch:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A leaf that is on both sides with one dtype and shape, and what of it is to be compared."""
+    """A leaf that is on both sides with one dtype and shape, and what of it is to be compared: `differing`,
+    or where it is in other slices on each side (`respread`) all of it."""
 
     before: StoredLeaf
     after: StoredLeaf
     elements: int
     differing: tuple[_Stretch, ...]
+    respread: bool
     tied_to: str
 
     @property
@@ -189,8 +197,12 @@ class _Pair:
     @property
     def differing_bytes(self) -> int:
         """To compare, of each side; those of a tied leaf are compared under its other name."""
-        items = 0 if self.tied_to else sum(one.end - one.begin for one in self.differing)
-        return items * self.item_bytes
+        items = self.elements if self.respread else sum(one.end - one.begin for one in self.differing)
+        return 0 if self.tied_to else items * self.item_bytes
+
+    @property
+    def may_differ(self) -> bool:
+        return self.respread or bool(self.differing)
 
     def change(
         self, kind: Kind, amount: Amount | None = None, before: Value = None, after: Value = None
@@ -205,18 +217,25 @@ def _pairs(before: Manifest, after: Manifest) -> list[_Pair]:
     """The leaves of both sides that can be compared, in the order in which `before` has their bytes."""
     firsts: dict[tuple[object, ...], str] = {}
     pairs = []
-    for leaf in sorted(before.leaves, key=lambda leaf: (_whole(leaf).region, _whole(leaf).offset)):
+    for leaf in sorted(before.leaves, key=lambda leaf: (leaf.slices[0].region, leaf.slices[0].offset)):
         other = after.by_name.get(leaf.name)
         if other is None or (other.dtype, other.shape) != (leaf.dtype, leaf.shape):
             continue
-        mine, theirs = _whole(leaf), _whole(other)
-        size_bytes = leaf.size_bytes(mine)
-        place = (mine.region, mine.offset, theirs.region, theirs.offset, leaf.dtype, leaf.shape)
-        first = firsts.setdefault(place, leaf.name) if size_bytes else leaf.name
-        item = _item_bytes(leaf.dtype)
-        differing = tuple(_differing(before, mine, after, theirs, size_bytes, item))
-        pairs.append(_Pair(leaf, other, size_bytes // item, differing, "" if first == leaf.name else first))
+        elements, item = math.prod(leaf.shape), _item_bytes(leaf.dtype)
+        place = (_places(leaf), _places(other), leaf.dtype, leaf.shape)
+        first = firsts.setdefault(place, leaf.name) if elements else leaf.name
+        tied_to = "" if first == leaf.name else first
+        boxes = [[part.box for part in one.slices] for one in (leaf, other)]
+        respread = boxes[0] != boxes[1] and item_bytes(leaf.dtype) > 0
+        differing: list[_Stretch] = []
+        for mine, theirs in zip(leaf.slices, other.slices, strict=False) if boxes[0] == boxes[1] else ():
+            differing += _differing(before, mine, after, theirs, leaf.size_bytes(mine), item)
+        pairs.append(_Pair(leaf, other, elements, tuple(differing), respread, tied_to))
     return pairs
+
+
+def _places(leaf: StoredLeaf) -> tuple[tuple[int, int], ...]:
+    return tuple((part.region, part.offset) for part in leaf.slices)
 
 
 def _item_bytes(dtype: str) -> int:
@@ -229,7 +248,7 @@ def _unread(pairs: Sequence[_Pair]) -> list[LeafChange]:
     return [
         pair.change("changed" if any(one.certain for one in pair.differing) else "may have changed")
         for pair in pairs
-        if pair.differing
+        if pair.may_differ
     ]
 
 
@@ -248,17 +267,6 @@ def _come_and_gone(before: Manifest, after: Manifest) -> list[LeafChange]:
         if leaf.name not in before.by_name:
             found.append(LeafChange(leaf.name, "added", (None, leaf.dtype), (None, leaf.shape)))
     return found
-
-
-def _whole(leaf: StoredLeaf) -> StoredSlice:
-    """The one slice that is all of a leaf. Raises Unsupported where ranks share it: what one of them holds is
-    not the leaf."""
-    if len(leaf.slices) != 1 or leaf.slices[0].extent != leaf.shape:
-        raise Unsupported(
-            f"leaf {leaf.name} is spread over {len(leaf.slices)} slices, which cannot be compared yet",
-            kept="nothing was touched",
-        )
-    return leaf.slices[0]
 
 
 @dataclass(frozen=True)
@@ -286,7 +294,7 @@ def _pieces(manifest: Manifest, part: StoredSlice, begin: int, end: int) -> list
 def _differing(
     before: Manifest, mine: StoredSlice, after: Manifest, theirs: StoredSlice, size_bytes: int, item: int
 ) -> Iterator[_Stretch]:
-    """The elements of a leaf whose bytes are not known to be the same, chunk by chunk."""
+    """The elements of a slice whose bytes are not known to be the same, chunk by chunk."""
     cuts = {0, size_bytes // item}
     for manifest, part in ((before, mine), (after, theirs)):
         grid = manifest.grid_bytes
@@ -301,7 +309,7 @@ def _differing(
         ]
         if _named(before, pieces[0]) != _named(after, pieces[1]):
             fills = _fills(before, pieces[0]) and _fills(after, pieces[1])
-            yield _Stretch(begin, end, certain=fills)
+            yield _Stretch(mine, theirs, begin, end, certain=fills)
 
 
 def _named(manifest: Manifest, pieces: Sequence[_Piece]) -> list[tuple[str, int, int]]:
@@ -352,7 +360,7 @@ def _measured(
 ) -> list[LeafChange]:
     """The leaves that changed, by how much."""
     require_numpy()
-    measures = {pair.name: _Measure(pair) for pair in pairs if pair.differing and not pair.tied_to}
+    measures = {pair.name: _Measure(pair) for pair in pairs if pair.may_differ and not pair.tied_to}
     done, total = 0, sum(pair.differing_bytes for pair in pairs)
     for batch in _batches(_tasks(pairs, before.manifest, after.manifest), before, after):
         before.bring({piece.number: task.pair.name for task in batch for piece in task.before})
@@ -361,7 +369,14 @@ def _measured(
             measures[task.pair.name].add(before.bytes_of(task.before), after.bytes_of(task.after))
             done += task.items * task.pair.item_bytes
             on_progress(done, total)
-    changes = (measures[pair.tied_to or pair.name].of(pair) for pair in pairs if pair.differing)
+    for pair in pairs:
+        for box in windows(pair.before.shape, pair.item_bytes, AHEAD_BYTES) if pair.respread else ():
+            if pair.tied_to:
+                break
+            measures[pair.name].add(before.gather(pair.before, box), after.gather(pair.after, box))
+            done += math.prod(box[1]) * pair.item_bytes
+            on_progress(done, total)
+    changes = (measures[pair.tied_to or pair.name].of(pair) for pair in pairs if pair.may_differ)
     return [one for one in changes if one is not None]
 
 
@@ -371,8 +386,8 @@ def _tasks(pairs: Sequence[_Pair], before: Manifest, after: Manifest) -> Iterato
             continue
         for stretch in pair.differing:
             ends = stretch.begin * pair.item_bytes, stretch.end * pair.item_bytes
-            mine = _pieces(before, _whole(pair.before), *ends)
-            theirs = _pieces(after, _whole(pair.after), *ends)
+            mine = _pieces(before, stretch.mine, *ends)
+            theirs = _pieces(after, stretch.theirs, *ends)
             yield _Task(pair, stretch.end - stretch.begin, mine, theirs)
 
 
@@ -402,11 +417,6 @@ class _Side:
     """One of the two snapshots: its manifest, and a few of its chunks."""
 
     def __init__(self, chain: Chain, snapshot: Snapshot) -> None:
-        if len(snapshot.record.manifests) != 1:
-            raise Unsupported(
-                f"snapshot {snapshot.short} was taken by several ranks, which cannot be compared yet",
-                kept="nothing was touched",
-            )
         self.chain = chain
         self.snapshot = snapshot
         self.manifest = chain.manifest(snapshot)
@@ -461,12 +471,25 @@ class _Side:
             try:
                 self._read([number])
             except Damaged as error:
-                raise Damaged(
-                    f"leaf {leaf} of snapshot {self.snapshot.short} cannot be read: {error.problem}",
-                    kept="nothing was touched",
-                    next=f"everstep -r {self.chain.url} verify",
-                    key=error.key,
-                ) from error
+                raise self._unreadable(leaf, error) from error
+
+    def _unreadable(self, leaf: str, error: Damaged) -> Damaged:
+        return Damaged(
+            f"leaf {leaf} of snapshot {self.snapshot.short} cannot be read: {error.problem}",
+            kept="nothing was touched",
+            next=f"everstep -r {self.chain.url} verify",
+            key=error.key,
+        )
+
+    def gather(self, leaf: StoredLeaf, box: Box) -> memoryview:
+        """The bytes of a box of a leaf, whatever slices it is in. Raises as `bring`."""
+        memory = memoryview(bytearray(math.prod(box[1]) * _item_bytes(leaf.dtype)))
+        try:
+            self.remarks.update(gather(self._reader, self.manifest, [Window(leaf, box, memory)]))
+        except Damaged as error:
+            self.chain.refuse_pruned(self.snapshot, "was compared")
+            raise self._unreadable(leaf.name, error) from error
+        return memory
 
     def bytes_of(self, pieces: Sequence[_Piece]) -> memoryview:
         """Bytes of chunks that were brought."""
@@ -487,12 +510,17 @@ def _path_of(change: LeafChange | ValueChange) -> str:
     return change.name if isinstance(change, LeafChange) else change.path
 
 
+def _bare(path: str) -> str:
+    """A path without the rank whose own it is: each has generators, and nobody compares them one by one."""
+    return path.split("/", 2)[2] if path.startswith(OWN) and path.count("/") > 1 else path
+
+
 def _is_part_of_a_state(change: LeafChange | ValueChange) -> bool:
     """Whether it belongs to the state of a generator or a loader that differs, and says nothing to anybody by
     itself."""
     if isinstance(change, LeafChange) and change.kind == "may have changed":
         return False
-    path = _path_of(change)
+    path = _bare(_path_of(change))
     if path.startswith(f"{POSITION}/"):
         return path.split("/")[2] not in _PLACE
     return path.startswith(f"{GENERATORS}/")
@@ -500,5 +528,5 @@ def _is_part_of_a_state(change: LeafChange | ValueChange) -> bool:
 
 def _state_of(change: LeafChange | ValueChange) -> str:
     """Which generator's or loader's: `run/rng/torch`, `run/data`."""
-    path = _path_of(change)
+    path = _bare(_path_of(change))
     return POSITION if path.startswith(POSITION) else "/".join(path.split("/")[:3])

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import msgspec
 
@@ -146,8 +146,9 @@ def copy(
 
 
 @dataclass(frozen=True)
-class _Plan:
-    wanted: Wanted
+class _Part:
+    """What becomes of one rank's part of a snapshot: mostly there is one."""
+
     manifest: Manifest
     packs: tuple[NewPack, ...]
     chunks: tuple[StoredChunk, ...]
@@ -166,6 +167,24 @@ class _Plan:
             for chunk, place in zip(self.chunks, self.places, strict=True)
             if chunk.digest not in new
         )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    wanted: Wanted
+    parts: tuple[_Part, ...]
+
+    @property
+    def packs(self) -> list[NewPack]:
+        return [pack for part in self.parts for pack in part.packs]
+
+    @property
+    def sent_bytes(self) -> int:
+        return sum(part.sent_bytes for part in self.parts)
+
+    @property
+    def shared_bytes(self) -> int:
+        return sum(part.shared_bytes for part in self.parts)
 
 
 class _Copying:
@@ -270,22 +289,21 @@ class _Copying:
     def _plans(self, wanted: Sequence[Wanted]) -> dict[str, _Plan]:
         """All are planned before anything is sent, each as if those before it were there. By snapshot."""
         plans: dict[str, _Plan] = {}
-        known = replace(
-            self.known,
-            chunks=dict(self.known.chunks),
-            sizes=dict(self.known.sizes),
-            depths=dict(self.known.depths),
-        )
+        known = self.known.copy()
         for one in wanted:
             if one.snapshot.id not in self.ids and one.snapshot.id not in plans:
-                plan = plans[one.snapshot.id] = self._plan(one, known)
-                known.learn(self._manifest(plan))
+                plans[one.snapshot.id] = self._plan(one, known)
         return plans
 
     def _plan(self, one: Wanted, known: Known) -> _Plan:
-        manifest = self.moved_here.resolved(self.source.manifest(one.snapshot))
-        if len(one.snapshot.record.manifests) != 1:
-            raise Unsupported(f"snapshot {one.snapshot.short} was taken by several ranks")
+        """Part after part, each as if what is `known` and those before it were there: then they are known."""
+        parts = []
+        for manifest in self.source.manifests(one.snapshot):
+            parts.append(self._plan_part(self.moved_here.resolved(manifest), known))
+            known.learn(self._manifest(parts[-1]))
+        return _Plan(one, tuple(parts))
+
+    def _plan_part(self, manifest: Manifest, known: Known) -> _Part:
         packs = tuple(self._new_packs(manifest, known))
         places: dict[str, tuple[StoredChunk, Place]] = {}
         for new in packs:
@@ -299,11 +317,11 @@ class _Copying:
                 needed |= dict.fromkeys(known.below(name))
         found = [places.get(name) or known.chunks[name] for name in needed]
         if not is_shallow(found):
-            return self._plan(one, Known())
+            return self._plan_part(manifest, Known())
         sizes = {new.name: new.size_bytes for new in packs}
         sizes |= {place.pack: known.sizes[place.pack] for _, place in found if place.pack not in sizes}
         chunks, stored = tuple(chunk for chunk, _ in found), tuple(place for _, place in found)
-        return _Plan(one, manifest, packs, chunks, stored, sizes)
+        return _Part(manifest, packs, chunks, stored, sizes)
 
     def _new_packs(self, manifest: Manifest, known: Known) -> Iterator[NewPack]:
         missing: dict[str, list[Place]] = {}
@@ -358,7 +376,7 @@ class _Copying:
                 self._list(one, id)
             return Row(one.snapshot.id, id, one.branch, one.snapshot.step, 0, 0, why)
         if self.renamed:
-            plan = self._plan(one, self.known)
+            plan = self._plan(one, self.known.copy())
         id = "" if self.dry_run else self._commit(plan)
         self._note(one.branch, one.snapshot.id, id)
         shared, sent = plan.shared_bytes, plan.sent_bytes
@@ -385,7 +403,7 @@ class _Copying:
                 self.target.delete(self._last)
                 gone = needed
             self.known.forget(gone)
-            plan = self._plan(plan.wanted, self.known)
+            plan = self._plan(plan.wanted, self.known.copy())
         raise Conflict(
             f"{self.there.url} is pruned again and again of what snapshot {plan.wanted.snapshot.short} needs",
             kept="what was copied before stands",
@@ -418,20 +436,24 @@ class _Copying:
         names = in_parallel(plan.packs, PACKS_AT_ONCE, lambda: self._put_pack)
         renamed = {old: new for old, new in names if old != new.name}
         self.renamed = self.renamed or bool(renamed)
-        manifest = self._manifest(plan, renamed)
+        made_of = [self._manifest(part, renamed) for part in plan.parts]
+        made = self._record(plan, tuple(map(self._put_manifest, made_of)), lease)
+        data = record.encode(made)
+        if not self._put_same(keys.snapshot(digest(data)), data):
+            raise Damaged(f"snapshot record {digest(data)[:SHORT]} of {self.target.url} is damaged")
+        return Snapshot(digest(data), made), {name for manifest in made_of for name in manifest.packs}
+
+    def _put_manifest(self, manifest: Manifest) -> str:
+        """Returns its name."""
         encoded = manifests.encode(manifest)
         if digest(encoded) in self.doomed.names or not self._put_same(
             keys.manifest(digest(encoded)), encoded
         ):
             encoded = manifests.encode(msgspec.structs.replace(manifest, salt=secrets.token_hex(16)))
             self._put_same(keys.manifest(digest(encoded)), encoded)
-        made = self._record(plan, digest(encoded), lease)
-        data = record.encode(made)
-        if not self._put_same(keys.snapshot(digest(data)), data):
-            raise Damaged(f"snapshot record {digest(data)[:SHORT]} of {self.target.url} is damaged")
-        return Snapshot(digest(data), made), set(manifest.packs)
+        return digest(encoded)
 
-    def _manifest(self, plan: _Plan, renamed: dict[str, NewPack] | None = None) -> Manifest:
+    def _manifest(self, plan: _Part, renamed: dict[str, NewPack] | None = None) -> Manifest:
         names = {old: new.name for old, new in (renamed or {}).items()}
         return msgspec.structs.replace(
             plan.manifest,
@@ -443,13 +465,13 @@ class _Copying:
             packs=dict(sorted((names.get(name, name), size) for name, size in plan.sizes.items())),
         )
 
-    def _record(self, plan: _Plan, manifest: str, lease: Lease) -> SnapshotRecord:
+    def _record(self, plan: _Plan, names: tuple[str, ...], lease: Lease) -> SnapshotRecord:
         before = plan.wanted.snapshot
         parents = tuple(self.ids[id] for id in before.record.parents if self.ids.get(id))
         new = {entry.digest: entry.size_bytes for one in plan.packs for entry in one.entries}
         return msgspec.structs.replace(
             before.record,
-            manifests=(manifest,),
+            manifests=names,
             branch=plan.wanted.branch,
             writer=lease.number,
             parents=parents,
@@ -529,6 +551,7 @@ class _Copying:
                 branch=wanted.branch,
                 number=self.there.head_number(wanted.branch) + 1,
                 move=Move(COPY, f"{self.source.url}@{wanted.snapshot.short}"),
+                format=snapshot.record.format,
             )
             lease.check()
             self._last = mine.key

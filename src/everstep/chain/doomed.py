@@ -66,7 +66,8 @@ class Announced:
         self.numbers.append(over.number)
         self._store.delete(self._mine.key)
         for entry, one in _present(self._store):
-            if entry.key != over.key and _is_over(one, self.at - entry.modified_at):
+            # One that came meanwhile stays: without the newest number nobody would know that there was any.
+            if entry.key > over.key and _is_over(one, self.at - entry.modified_at):
                 self._store.delete(entry.key)
 
     def leave(self) -> None:

@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
+from everstep.chain.boxes import Window, gather, windows
 from everstep.chain.history import Chain, Snapshot
 from everstep.chain.reader import Reader, Target
-from everstep.errors import EverstepError, Mismatch, NotFound, Unavailable, Unsupported
+from everstep.errors import EverstepError, Mismatch, NotFound, Unavailable
 from everstep.format.layout import item_bytes
-from everstep.format.manifest import Manifest, StoredLeaf, StoredSlice
+from everstep.format.manifest import OWN, Manifest, StoredLeaf, StoredSlice
 
 WINDOW_BYTES = 32 * 1024 * 1024
 """So much is read at once; a window holds whole chunks, so that each is read and checked once."""
+
+SPREAD_BYTES = 256 * 1024 * 1024
+"""Of leaves in several slices, which are in as many chunks at once, up to so much: the more, the seldomer a
+chunk is read again."""
 
 OnProgress: TypeAlias = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -42,21 +49,16 @@ class Exported:
 
 
 def manifest_of(chain: Chain, snapshot: Snapshot) -> Manifest:
-    """The one manifest of a snapshot. Raises Unsupported when several ranks wrote it."""
-    ranks = len(snapshot.record.manifests)
-    if ranks != 1:
-        raise Unsupported(
-            f"snapshot {snapshot.short} is of {ranks} ranks, which cannot be exported yet",
-            kept="nothing was written",
-        )
+    """What a snapshot consists of, over all ranks. Raises Damaged."""
     return chain.manifest(snapshot)
 
 
 def chosen(manifest: Manifest, only: str = "") -> dict[str, StoredLeaf]:
-    """The leaves by the dotted names that other programs know them by.
+    """The leaves by the dotted names that other programs know them by. What single ranks have for themselves
+    is not among them, unless it is asked for.
 
     Args:
-        only: take only the leaves under this name (`model`), without it in front.
+        only: take only the leaves under this name (`model`, `~rank/1`), without it in front.
 
     Raises:
         NotFound: there are none under `only`.
@@ -65,6 +67,8 @@ def chosen(manifest: Manifest, only: str = "") -> dict[str, StoredLeaf]:
     found: dict[str, StoredLeaf] = {}
     for leaf in manifest.leaves:
         if only and leaf.name != only and not leaf.name.startswith(only + "/"):
+            continue
+        if leaf.name.startswith(OWN) and not f"{only}/".startswith(OWN):
             continue
         rest = leaf.name.removeprefix(only).lstrip("/") if only else leaf.name
         name = dotted(rest or only)
@@ -82,12 +86,17 @@ def chosen(manifest: Manifest, only: str = "") -> dict[str, StoredLeaf]:
 
 def lacking(manifest: Manifest, only: str) -> NotFound:
     """The error that says which names there are."""
-    names = sorted({leaf.name.partition("/")[0] for leaf in manifest.leaves})
+    names = sorted({_first_part(leaf.name) for leaf in manifest.leaves})
     return NotFound(
         f"the snapshot has no tensors under {only!r}; it has some under {', '.join(names) or 'no name'}",
         kept="nothing was written",
         next=f"--only {names[0]}" if names else "everstep show REF --leaves",
     )
+
+
+def _first_part(name: str) -> str:
+    """What `only` can name that a leaf is under: an object, or a rank."""
+    return "/".join(name.split("/")[: 2 if name.startswith(OWN) else 1])
 
 
 def dotted(name: str) -> str:
@@ -100,43 +109,65 @@ def part_text(part: str) -> str:
     return "" if part == "~2" else part.replace("~1", "/").replace("~0", "~")
 
 
-def whole(leaf: StoredLeaf) -> StoredSlice:
-    """The one slice that is all of a leaf. Raises Unsupported when it is spread over several."""
-    if len(leaf.slices) != 1 or leaf.slices[0].extent != leaf.shape:
-        raise Unsupported(
-            f"leaf {leaf.name} is spread over {len(leaf.slices)} slices, which cannot be exported yet",
-            kept="nothing was written",
-        )
-    return leaf.slices[0]
-
-
 def memory(leaf: StoredLeaf) -> Memory:
     """What two leaves have in common exactly when they are the same bytes (tied weights)."""
-    part = whole(leaf)
-    if not leaf.size_bytes(part):
+    if not tensor_bytes(leaf):
         return (leaf.name,)
-    return (part.region, part.offset, leaf.dtype, leaf.shape)
+    places = tuple((part.at, part.region, part.offset) for part in leaf.slices)
+    return (*places, leaf.dtype, leaf.shape)
 
 
 def reading_order(leaf: StoredLeaf) -> tuple[int, int]:
     """Leaves sorted by this are read without going back."""
-    part = whole(leaf)
+    part = leaf.slices[0]
     return part.region, part.offset
 
 
 class Pieces:
-    """The bytes of leaves in pieces, each checked against its digest; `remarks` are the reader's."""
+    """The bytes of leaves in pieces, each checked against its digest.
 
-    def __init__(self, reader: Reader, manifest: Manifest, total_bytes: int, on_progress: OnProgress) -> None:
-        self.remarks: set[str] = set()
+    Args:
+        order: the leaves in the order in which they will be asked for, where that is known: of those that
+            are in several slices, many are then read at once.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        manifest: Manifest,
+        total_bytes: int,
+        on_progress: OnProgress,
+        order: Iterable[StoredLeaf] = (),
+    ) -> None:
+        self._remarks: set[str] = set()
         self._reader = reader
         self._manifest = manifest
         self._total_bytes = total_bytes
         self._on_progress = on_progress
         self._done_bytes = 0
+        self._own = {leaf.name for leaf in manifest.leaves if leaf.name.startswith(OWN)}
         grid = manifest.grid_bytes
         self._window = memoryview(bytearray(max(WINDOW_BYTES // grid, 1) * grid))
         self._at: tuple[int, int] | None = None
+        spread = [leaf for leaf in order if leaf.whole is None]
+        self._next = {leaf.name: follower for leaf, follower in pairwise(spread)}
+        self._ready: dict[str, memoryview] = {}
+
+    @property
+    def remarks(self) -> set[str]:
+        """The reader's; and whether something was not asked for that single ranks have for themselves."""
+        if not self._own:
+            return set(self._remarks)
+        count = len(self._own)
+        what = (
+            "tensor that a rank has for itself is"
+            if count == 1
+            else "tensors that ranks have for themselves are"
+        )
+        return {
+            *self._remarks,
+            f"{count} {what} left out: --only {_first_part(min(self._own))} takes a rank's",
+        }
 
     def of(self, leaf: StoredLeaf) -> Iterator[memoryview]:
         """The leaf's bytes in order. A piece is valid until the next one is asked for. Blocks on I/O.
@@ -144,7 +175,13 @@ class Pieces:
         Raises:
             Damaged: a chunk is missing or is not the one that was written.
         """
-        part = whole(leaf)
+        self._own.discard(leaf.name)
+        for piece in self._spread(leaf) if leaf.whole is None else self._together(leaf, leaf.whole):
+            yield piece
+            self._done_bytes += len(piece)
+            self._on_progress(self._done_bytes, self._total_bytes)
+
+    def _together(self, leaf: StoredLeaf, part: StoredSlice) -> Iterator[memoryview]:
         at, end = part.offset, part.offset + leaf.size_bytes(part)
         while at < end:
             start = at // len(self._window) * len(self._window)
@@ -152,8 +189,6 @@ class Pieces:
             size = min(end, start + len(self._window)) - at
             yield self._window[at - start : at - start + size]
             at += size
-            self._done_bytes += size
-            self._on_progress(self._done_bytes, self._total_bytes)
 
     def _load(self, region: int, start: int) -> None:
         """Small leaves share a region: a window is kept until another is needed."""
@@ -161,14 +196,46 @@ class Pieces:
             return
         self._at = None
         size = min(self._manifest.regions[region].size_bytes - start, len(self._window))
-        self.remarks.update(self._reader.fill(self._manifest, [Target(region, start, self._window[:size])]))
+        self._remarks.update(self._reader.fill(self._manifest, [Target(region, start, self._window[:size])]))
         self._at = (region, start)
+
+    def _spread(self, leaf: StoredLeaf) -> Iterator[memoryview]:
+        """Of a leaf in several slices: from all of them at once, and with it what follows and fits."""
+        if leaf.name not in self._ready:
+            limit = self._limit(leaf)
+            if tensor_bytes(leaf) > limit:
+                yield from self._in_windows(leaf, limit)
+                return
+            self._read_ahead(leaf, limit)
+        yield self._ready.pop(leaf.name)
+
+    def _limit(self, leaf: StoredLeaf) -> int:
+        """The more slices there are, the less of each chunk does a window take."""
+        return min(max(len(leaf.slices) * self._manifest.grid_bytes, WINDOW_BYTES), SPREAD_BYTES)
+
+    def _in_windows(self, leaf: StoredLeaf, limit: int) -> Iterator[memoryview]:
+        item = item_bytes(leaf.dtype)
+        buffer = memoryview(bytearray(limit))
+        for box in windows(leaf.shape, item, limit):
+            piece = buffer[: math.prod(box[1]) * item]
+            self._remarks.update(gather(self._reader, self._manifest, [Window(leaf, box, piece)]))
+            yield piece
+
+    def _read_ahead(self, leaf: StoredLeaf, limit: int) -> None:
+        self._ready.clear()
+        wanted: list[Window] = []
+        more: StoredLeaf | None = leaf
+        while more is not None and (size := tensor_bytes(more)) <= limit and more.name not in self._ready:
+            limit -= size
+            self._ready[more.name] = memoryview(bytearray(size))
+            wanted.append(Window(more, ((0,) * len(more.shape), more.shape), self._ready[more.name]))
+            more = self._next.get(more.name)
+        self._remarks.update(gather(self._reader, self._manifest, wanted))
 
 
 def tensor_bytes(leaf: StoredLeaf) -> int:
     """Size of a leaf, and with it a check that its dtype is known. Raises Unsupported."""
-    item_bytes(leaf.dtype)
-    return leaf.size_bytes(whole(leaf))
+    return math.prod(leaf.shape) * item_bytes(leaf.dtype)
 
 
 # -- the file ----------------------------------------------------------------------------------------------

@@ -184,6 +184,15 @@ class Leases:
                 branch = entry.key[len(keys.LEASES) :].rpartition("/")[0]
                 self._found[branch][number] = entry
 
+    def newest(self, branch: str) -> int:
+        """The number of a branch's newest lease, 0 where there was none."""
+        return max(self._found.get(branch, {0: None}))
+
+    def since(self, branch: str, number: int) -> float | None:
+        """When a lease was taken, by the store's clock; None where there is no record of it."""
+        found = self._found.get(branch, {}).get(number)
+        return None if found is None else found.modified_at
+
     def holding(self, floors: Mapping[str, int]) -> list[Holding]:
         """Those whose writers may still commit: not released, and of no writer whose successor has committed.
 

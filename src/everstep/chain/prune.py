@@ -7,11 +7,13 @@ Others may be at work meanwhile. What this relies on is told in docs/decisions/0
 * What nothing reaches is left alone while it may belong to a snapshot that is being written: when it is
   younger than the grace window, or than a lease whose writer may still commit. Ages are by the store's clock.
 * A manifest that is left alone keeps the packs that it names.
+* What a rank has told of with a part record is left alone as long as its writer may commit it.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,13 +24,14 @@ from everstep.chain.doomed import Announced, announce, doomed_by_others
 from everstep.chain.fence import fence_former
 from everstep.chain.history import SHORT, Chain
 from everstep.chain.lease import Holding, Lease, Leases
-from everstep.chain.names import is_object, segment_of
+from everstep.chain.names import is_object, part_of, segment_of
 from everstep.chain.reached import Reached
 from everstep.chain.repack import Move, Repack, chosen, relocate
 from everstep.chain.replicas import source_of
 from everstep.chain.retention import Keep, Listed, staying
 from everstep.errors import Conflict, Damaged, EverstepError, Fenced, NotFound, Unsupported
 from everstep.format import keys
+from everstep.format.record import PartRecord
 
 __all__ = ["GRACE_S", "Done", "Keep", "Plan", "Repack", "Row", "consider", "execute", "plan", "prune"]
 
@@ -38,6 +41,9 @@ GRACE_S = 3600.0
 MAX_NAMES = 50_000
 """So many names go into one record of a prune, which stays below `record.MAX_RECORD_BYTES`."""
 
+
+TAKES_AHEAD = 2
+"""A rank may have stored parts of so many snapshots after the newest that is committed."""
 
 MAX_LOOKS = 10
 """So often a plan is begun anew because somebody else deletes what it reads."""
@@ -324,6 +330,7 @@ class _Look:
         leases = Leases(store)
         self.advances = census.advances()
         self.tags = census.chain.tags()
+        told = [entry for entry in store.list(keys.PARTS) if is_object(entry.key)]
         # What was relocated counts where it cannot be deleted by somebody who does not know of that.
         census.relocations.look()
         self.table = census.relocations.table
@@ -348,6 +355,35 @@ class _Look:
             if mine is None or (one.branch, one.number) != (mine.branch, mine.number)
         ]
         self.lines = {branch: _line(advances) for branch, advances in self.advances.items()}
+        held = {(one.branch, one.number) for one in self.holding}
+        held |= {(mine.branch, mine.number)} if mine is not None else set()
+        under_way = {entry.key for entry in told if _may_be_committed(entry.key, held, leases)}
+        self.over = {entry.key: entry.size_bytes for entry in told if entry.key not in under_way}
+        """Part records that nobody commits any more, and their sizes."""
+        self.parts = census.parts(under_way)
+        self.ranks_since = self._ranks_since(leases)
+
+    def _ranks_since(self, leases: Leases) -> float:
+        """When the oldest thing may have been put that is the asking writer's own and still to be committed:
+        its other ranks are storing while it is pruning, two takes ahead at most. Infinite where it has no
+        other ranks."""
+        if self.mine is None:
+            return math.inf
+        branch, number = self.mine.branch, self.mine.number
+        newest = next((one.listed for one in self.advances.get(branch, ()) if one.writer == number), None)
+        told = any((one.branch, one.writer) == (branch, number) for one in self.parts)
+        if not told and (newest is None or not self._is_of_ranks(newest)):
+            return math.inf
+        committed = self.census.commits(branch, number)
+        if len(committed) > TAKES_AHEAD:
+            return committed[TAKES_AHEAD]
+        return leases.since(branch, number) or 0.0
+
+    def _is_of_ranks(self, one: Listed) -> bool:
+        try:
+            return len(self.census.manifests(one.id)) > 1
+        except (Damaged, NotFound):
+            return True
 
     def is_still_so(self) -> bool:
         """Whether the same head records are listed as when this was made."""
@@ -394,6 +430,8 @@ class _Look:
         records: set[str] = set()
         for id in staying:
             records |= self._need(id, reached) if id in reasons else self._need_readable(id, reached)
+        for part in self.parts:
+            records |= self._need_of(part, reached)
         needed = records | reached.keys()
         old, dead = self._old(needed, doomed)
         # Of packs that were given up, and of those that came instead, no writer is putting any.
@@ -422,7 +460,7 @@ class _Look:
         }
         heads = {one.key: one.size_bytes for one in going}
         return Plan(
-            sizes={**heads, **gone, **self._segments(reasons, branches)},
+            sizes={**heads, **gone, **self._segments(reasons, branches), **self.over},
             snapshots=tuple(sorted(doomed)),
             rows=tuple(self._rows(reasons)),
             more=False,
@@ -431,8 +469,13 @@ class _Look:
             if any(self.entries[key].modified_at >= one.since for one in dead for key in gone)
             else (),
             again=again,
-            moves=() if self.repack is None else tuple(chosen(self.repack, reached, self.packs)),
+            moves=() if self.repack is None else tuple(self._moves(self.repack, reached)),
         )
+
+    def _moves(self, repack: Repack, reached: Reached) -> Iterator[Move]:
+        """Of a pack that a part under way relies on nobody has looked what it needs."""
+        relied = {name for part in self.parts for name in part.relies}
+        return (one for one in chosen(repack, reached, self.packs) if one.pack not in relied)
 
     def _refuse_damaged_relocations(self) -> None:
         for key, error in self.census.relocations.damaged.items():
@@ -466,6 +509,19 @@ class _Look:
         except Damaged:
             return {keys.snapshot(id)}
 
+    def _need_of(self, part: PartRecord, reached: Reached) -> set[str]:
+        """The same for a rank's part of a snapshot under way. What is new in it is younger than the lease."""
+        if part.withdrawn:
+            return set()
+        try:
+            if self.table.sources.isdisjoint(part.relies):
+                reached.packs.update(name for name in part.relies if name != part.manifest)
+            else:
+                reached.add([part.manifest])
+        except Damaged:
+            return set()  # Who commits finds that, too.
+        return {keys.manifest(part.manifest)}
+
     def _ours(self, doomed: Listed) -> set[str]:
         """The keys of all that a snapshot consists of, as far as that can be read."""
         try:
@@ -478,7 +534,7 @@ class _Look:
     def _old(self, needed: set[str], doomed: Collection[str]) -> tuple[float, tuple[Holding, ...]]:
         """Before when an object that nobody reaches must have been put to go, and which dead processes'
         leases that takes for granted."""
-        grace = self.now - GRACE_S
+        grace = min(self.now - GRACE_S, self.ranks_since)
         old = min([grace, *(one.since for one in self.holding if not one.dead)])
         dead = tuple(one for one in self.holding if one.dead)
         fresh = any(one.since >= grace for one in dead) or any(
@@ -511,6 +567,13 @@ class _Look:
         for branch, line in self.lines.items():
             for one in line:
                 yield Row(one.id, branch, one.step, one.taken_at, reasons.get(one.id, ()))
+
+
+def _may_be_committed(key: str, held: Collection[tuple[str, int]], leases: Leases) -> bool:
+    """Whether a writer may still commit what a part record tells of; also one that has taken its lease since
+    those were listed."""
+    named = part_of(key)
+    return named is not None and (named[:2] in held or named[1] > leases.newest(named[0]))
 
 
 def _line(advances: Sequence[Advance]) -> list[Listed]:

@@ -39,7 +39,7 @@ MAX_ROUNDS = 6
 
 _ORDER = (
     keys.CHAIN, keys.PACKS, keys.RELOCATIONS, keys.MANIFESTS, keys.SNAPSHOTS, keys.STEPLOG, keys.TAGS,
-    keys.REPLICAS, keys.PRUNES, keys.LEASES, keys.HEADS,
+    keys.REPLICAS, keys.PRUNES, keys.PARTS, keys.LEASES, keys.HEADS,
 )  # fmt: skip
 """What an object needs is put before it."""
 

@@ -7,7 +7,7 @@ in the target never lacks a part of it; and doing it again sends only what is no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from everstep.chain.history import SHORT
@@ -22,7 +22,7 @@ from everstep.format.record import (
     SnapshotRecord,
     Spot,
 )
-from everstep.store.base import Store
+from everstep.store.base import Distant, Store
 from everstep.store.parallel import in_parallel
 from everstep.store.replicated import copies_of
 
@@ -80,25 +80,35 @@ class Sending:
         """
         key = keys.snapshot(id)
         data = fetched(self.source, key)
-        parts: dict[str, Buffer] = {}
+        parts = self._manifests(id, record.decode(data, SnapshotRecord).manifests)
         sizes: dict[str, int] = {}
-        for name in record.decode(data, SnapshotRecord).manifests:
-            try:
-                parts[keys.manifest(name)] = fetched(self.source, keys.manifest(name))
-            except NotFound as error:
-                raise Damaged(
-                    f"manifest {name[:SHORT]} of {id[:SHORT]} is missing", key=keys.manifest(name)
-                ) from error
-            sizes |= manifests.decode_packs(parts[keys.manifest(name)])
+        for content in parts.values():
+            sizes |= manifests.decode_packs(content)
         lost = self._all_packs(sizes)
         needed = set(map(keys.pack, sizes.keys() - lost))
         if lost:
             for content in parts.values():
                 needed |= self._relocated(manifests.decode(content), lost)
-        for manifest, content in parts.items():
-            self.put(manifest, content)
+        in_parallel(list(parts.items()), self._at_once(self.target), lambda: lambda part: self.put(*part))
         self.put(key, data)
         return {key, *parts, *needed}
+
+    def _manifests(self, id: str, wanted: Sequence[str]) -> dict[str, Buffer]:
+        """By key, those of all ranks of a snapshot: several are read at once where each takes its time."""
+        parts: dict[str, Buffer] = {}
+
+        def fetch(name: str) -> None:
+            key = keys.manifest(name)
+            try:
+                parts[key] = fetched(self.source, key)
+            except NotFound as error:
+                raise Damaged(f"manifest {name[:SHORT]} of {id[:SHORT]} is missing", key=key) from error
+
+        in_parallel(wanted, self._at_once(self.source), lambda: fetch)
+        return parts
+
+    def _at_once(self, store: Store) -> int:
+        return store.at_once if isinstance(store, Distant) else 1
 
     def _all_packs(self, sizes: dict[str, int]) -> set[str]:
         """Send these packs; the names of those that the source has not."""

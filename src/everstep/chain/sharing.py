@@ -43,6 +43,9 @@ class Known:
     sizes: dict[str, int] = field(default_factory=dict)
     depths: dict[str, int] = field(default_factory=dict)
 
+    def copy(self) -> Known:
+        return Known(dict(self.chunks), dict(self.sizes), dict(self.depths))
+
     def learn(self, manifest: Manifest) -> None:
         self.sizes |= manifest.packs
         for chunk, place in _bases_first(manifest):

@@ -188,7 +188,8 @@ class _Leaves:
             for part in leaf.slices:
                 size = leaf.size_bytes(part)
                 lies[part.region].append((part.offset, part.offset + size, leaf.name))
-                self._logical[leaf.name] = max(self._logical.get(leaf.name, 0), size)
+            size = sum(map(leaf.size_bytes, leaf.slices))
+            self._logical[leaf.name] = max(self._logical.get(leaf.name, 0), size)
         for number, region in enumerate(manifest.regions):
             slices = sorted(lies[number])
             for place, chunk in enumerate(region.chunks):

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from everstep.chain.history import SHORT, Chain, Point, Snapshot
+from everstep.chain.history import SHORT, Chain, Point, Snapshot, joined
 from everstep.chain.names import exists, is_object, segment_of
 from everstep.chain.reader import Reader
 from everstep.chain.relocations import Relocations
@@ -142,6 +142,8 @@ class _Verifier:
         self.relocations = Relocations(chain.store)
         self.there: set[str] = set()
         """The packs that are listed."""
+        self.fits: dict[str, bool] = {}
+        """By id, whether the manifests of a snapshot are of one snapshot."""
         self.fences: set[str] = set()
         """Head records that are there and list nothing."""
 
@@ -444,16 +446,31 @@ class _Verifier:
         if found is None:
             return causes | {key}
         for name in found.manifests:
-            causes |= self._causes_in(Snapshot(named.id, found), keys.manifest(name))
-        return causes
+            causes |= self._causes_in(keys.manifest(name))
+        return causes | self._misfit(Snapshot(named.id, found))
 
-    def _causes_in(self, snapshot: Snapshot, key: str) -> set[str]:
+    def _misfit(self, snapshot: Snapshot) -> set[str]:
+        """The key of a snapshot record whose manifests are there, and are not those of one snapshot."""
+        if snapshot.id not in self.fits:
+            self.fits[snapshot.id] = True
+            names = [keys.manifest(name) for name in snapshot.record.manifests]
+            if not all(name in self.manifests for name in names):
+                return set()
+            parts = [self.manifests[name] for name in names]
+            try:
+                if manifests.state_of_parts([one.state for one in parts]) != snapshot.record.state:
+                    which = "manifest" if len(parts) == 1 else "manifests"
+                    raise Damaged(f"it and its {which} name different states")
+                joined(snapshot, parts)
+            except (Damaged, Unsupported) as error:
+                self.fits[snapshot.id] = False
+                self._problem(keys.snapshot(snapshot.id), error.problem)
+        return set() if self.fits[snapshot.id] else {keys.snapshot(snapshot.id)}
+
+    def _causes_in(self, key: str) -> set[str]:
         manifest = self.manifests.get(key)
         if manifest is None:
             return {key}
-        if len(snapshot.record.manifests) == 1 and manifest.state != snapshot.record.state:
-            self._problem(keys.snapshot(snapshot.id), "it and its manifest name different states")
-            return {keys.snapshot(snapshot.id)}
         broken = self._broken_packs(manifest)
         if any(pack.rpartition("/")[2] not in self.there for pack in broken):
             # Perhaps one of these says where it has gone.

@@ -267,6 +267,7 @@ def _head_record(name: str, number: int, snapshot: Snapshot, writer: int, move: 
         branch=name,
         number=number,
         move=move,
+        format=snapshot.record.format,
     )
 
 

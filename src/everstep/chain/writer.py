@@ -197,10 +197,10 @@ class Writer:
         self._dropped = True
 
     def look_again(self) -> None:
-        """For a rank whose part was not committed: what was pruned meanwhile is not shared with any more. A
-        listing, and one of all packs if there was a prune since the last look."""
-        if self._doomed.look():
-            self._forget_gone(self._packs_there())
+        """For a rank whose part was not committed: what was pruned meanwhile, or is about to be, is not shared
+        with any more. A listing, and one of all packs if there was a prune since the last look."""
+        if self._doomed.look() or self._doomed.names:
+            self._forget_gone(self._packs_there() - self._doomed.names)
 
     def write(self, captured: Captured, facts: Facts) -> Snapshot:
         """Store a state and make it the head of the branch. Blocks; durable on return.

@@ -276,6 +276,7 @@ def _show_record(snapshot: Snapshot, tags: list[str], durable: str) -> None:
             ("trigger", record.trigger),
             ("note", record.note),
             ("writer", record.writer),
+            ("ranks", len(record.manifests) if len(record.manifests) > 1 else ""),
             ("resume", f"approximate: {'; '.join(record.approximate)}" if record.approximate else "exact"),
             ("size", f"{size(record.logical_bytes)}, of which {size(record.new_bytes)} were new"),
             ("stored", f"{size(record.stored_bytes)} were written"),

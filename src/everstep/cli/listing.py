@@ -78,6 +78,7 @@ def _entry(one: Listed, tags: Mapping[str, list[str]], heads: Mapping[str, list[
         "new_bytes": record.new_bytes if record else None,
         "stored_bytes": record.stored_bytes if record else None,
         "logical_bytes": record.logical_bytes if record else None,
+        "ranks": len(record.manifests) if record else None,
         "metrics": record.metrics if record else {},
         "approximate": list(record.approximate) if record else [],
         "note": record.note if record else None,
@@ -158,6 +159,7 @@ def _row(entry: Mapping[str, Any], marks: Sequence[str]) -> tuple[str, ...]:
     taken = entry["taken_at"]
     remarks = [*marks, entry["note"]]
     remarks += ["verified"] if "where" not in entry and entry["verified"] else []
+    remarks += [f"{entry['ranks']} ranks"] if (entry["ranks"] or 1) > 1 else []
     remarks += ["approximate"] if entry["approximate"] else []
     remarks += [f"DAMAGED: {entry['damage']}"] if entry["damage"] else []
     return (

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
+from operator import add, ge
 from typing import Annotated, TypeAlias, TypeVar
 
 import msgspec
@@ -62,7 +63,10 @@ Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 Shape: TypeAlias = Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
 
 
-class StoredSlice(msgspec.Struct, frozen=True, array_like=True):
+# Rows hold no rings, and a joined manifest has hundreds of thousands: the collector need not look at them.
+
+
+class StoredSlice(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A slice of a leaf and the place of its bytes: `offset` in region number `region`."""
 
     at: Shape
@@ -75,7 +79,7 @@ class StoredSlice(msgspec.Struct, frozen=True, array_like=True):
         return self.at, self.extent
 
 
-class StoredLeaf(msgspec.Struct, frozen=True, array_like=True):
+class StoredLeaf(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A leaf: `shape` is the whole tensor's, over all ranks."""
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARACTERS)]
@@ -84,10 +88,7 @@ class StoredLeaf(msgspec.Struct, frozen=True, array_like=True):
     slices: tuple[StoredSlice, ...]
 
     def size_bytes(self, part: StoredSlice) -> int:
-        size = item_bytes(self.dtype)
-        for extent in part.extent:
-            size *= extent
-        return size
+        return math.prod(part.extent) * item_bytes(self.dtype)
 
     @property
     def whole(self) -> StoredSlice | None:
@@ -96,21 +97,21 @@ class StoredLeaf(msgspec.Struct, frozen=True, array_like=True):
         return part if len(self.slices) == 1 and part.extent == self.shape else None
 
 
-class StoredRegion(msgspec.Struct, frozen=True, array_like=True):
+class StoredRegion(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Contiguous bytes: the numbers of its chunks, in order."""
 
     size_bytes: Count
     chunks: tuple[Count, ...]
 
 
-class StoredChunk(msgspec.Struct, frozen=True, array_like=True):
+class StoredChunk(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A chunk's name and raw size."""
 
     digest: Digest
     size_bytes: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHUNK_BYTES)]
 
 
-class Place(msgspec.Struct, frozen=True, array_like=True):
+class Place(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where a chunk is stored. `base` is the digest of the chunk that an xor encoding builds on, or ""."""
 
     pack: Digest
@@ -291,15 +292,13 @@ def _check(manifest: Manifest) -> None:
         _check_place(manifest, chunk, place)
     for region in manifest.regions:
         _check_region(manifest, region)
+    own = f"{OWN}{manifest.rank}/"
     for leaf in manifest.leaves:
         if not leaf.slices or not (several or leaf.whole):
             raise Damaged(f"leaf {leaf.name!r} has {len(leaf.slices)} slices, or one that is not all of it")
-        if leaf.name.startswith(OWN) and not leaf.name.startswith(f"{OWN}{manifest.rank}/"):
+        if leaf.name.startswith(OWN) and not leaf.name.startswith(own):
             raise Damaged(f"leaf {leaf.name!r} is in the manifest of rank {manifest.rank}")
-        for part in leaf.slices:
-            _check_slice(manifest, leaf, part)
-        if any(one.box >= other.box for one, other in pairwise(leaf.slices)):
-            raise Damaged(f"the slices of leaf {leaf.name!r} are not in order")
+        _check_slices(manifest, leaf)
 
 
 def _check_place(manifest: Manifest, chunk: StoredChunk, place: Place) -> None:
@@ -331,16 +330,21 @@ def _check_region(manifest: Manifest, region: StoredRegion) -> None:
         raise Damaged("a region's chunks do not fill it")
 
 
-def _check_slice(manifest: Manifest, leaf: StoredLeaf, part: StoredSlice) -> None:
-    fits = len(leaf.shape) == len(part.at) == len(part.extent) and all(
-        at + extent <= size for at, extent, size in zip(part.at, part.extent, leaf.shape, strict=True)
-    )
-    if not fits:
-        raise Damaged(f"a slice of leaf {leaf.name!r} lies outside it")
-    if part.region >= len(manifest.regions):
-        raise Damaged(f"leaf {leaf.name!r} lies in region {part.region} of {len(manifest.regions)}")
-    if part.offset + leaf.size_bytes(part) > manifest.regions[part.region].size_bytes:
-        raise Damaged(f"leaf {leaf.name!r} lies outside its region")
+def _check_slices(manifest: Manifest, leaf: StoredLeaf) -> None:
+    shape, item = leaf.shape, item_bytes(leaf.dtype)
+    before: Box | None = None
+    for part in leaf.slices:
+        at, extent = part.at, part.extent
+        # A manifest may have hundreds of thousands: no Python for each dimension.
+        if not len(shape) == len(at) == len(extent) or not all(map(ge, shape, map(add, at, extent))):
+            raise Damaged(f"a slice of leaf {leaf.name!r} lies outside it")
+        if part.region >= len(manifest.regions):
+            raise Damaged(f"leaf {leaf.name!r} lies in region {part.region} of {len(manifest.regions)}")
+        if part.offset + math.prod(extent) * item > manifest.regions[part.region].size_bytes:
+            raise Damaged(f"leaf {leaf.name!r} lies outside its region")
+        if before is not None and before >= (at, extent):
+            raise Damaged(f"the slices of leaf {leaf.name!r} are not in order")
+        before = at, extent
 
 
 SliceDigests: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], Sequence[str]]

@@ -62,7 +62,7 @@ def write(
     leaves, aliases = _once(export.chosen(manifest, only))
     header = _header(leaves, aliases, snapshot)
     total = sum(export.tensor_bytes(leaf) for leaf in leaves.values())
-    pieces = Pieces(Reader(chain.store), manifest, total, on_progress)
+    pieces = Pieces(Reader(chain.store), manifest, total, on_progress, leaves.values())
     with export.new_file(path, overwrite) as file:
         file.write(header)
         for leaf in leaves.values():

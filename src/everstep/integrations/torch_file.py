@@ -80,7 +80,8 @@ def write(
     pickle.put(tree)
     storages = sorted(pickle.storages, key=lambda item: export.reading_order(item[1]))
     total = sum(export.tensor_bytes(leaf) for _, leaf in storages)
-    pieces = Pieces(Reader(chain.store), manifest, total, on_progress)
+    order = [leaf for _, leaf in storages]
+    pieces = Pieces(Reader(chain.store), manifest, total, on_progress, order)
     with export.new_file(path, overwrite) as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             _record(archive, file, "data.pkl", len(pickle.finished), [pickle.finished])
