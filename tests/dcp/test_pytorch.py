@@ -1,15 +1,15 @@
 """PyTorch's own tests of its checkpoints, with our writer and reader in the place of the file system's.
 
-They are no part of this project, and are not changed: `pytorch.sh` gets them out of Debian's source package of PyTorch
-into a cache, `EVERSTEP_PYTORCH_TESTS` names another directory that has them (`test/distributed/checkpoint` of the
-release that is installed, best). `swap/sitecustomize.py` swaps the classes, in the processes that they spawn too, and
-lets what asks for GPUs run on the CPU with gloo. That takes most of an hour, so it is done only where it is asked for:
+They are no part of this project, and are not changed: `pytorch.sh` gets them out of Debian's source package
+of PyTorch into a cache, `EVERSTEP_PYTORCH_TESTS` names another directory that has them (best, the
+`test/distributed/checkpoint` of the installed release). `swap/sitecustomize.py` swaps the classes, in
+spawned processes too, and lets what asks for GPUs run on the CPU with gloo. That takes most of an hour, so
+it is done only where they are there:
 
-    pip install expecttest && tests/dcp/pytorch.sh
-    EVERSTEP_PYTORCH_TESTS=... python -m pytest tests/dcp/test_pytorch.py -n 0
+    pip install expecttest && tests/dcp/pytorch.sh && python -m pytest tests/dcp/test_pytorch.py -n 0
 
-Run as a program, it prints what came of each file: `python tests/dcp/test_pytorch.py [everstep|none] [FILE...]`; with
-`none` nothing is swapped, which tells what passes on this machine at all.
+As a program it prints what came of each file: `python tests/dcp/test_pytorch.py [everstep|none] [FILE...]`;
+with `none` nothing is swapped, which tells what passes on this machine at all.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ class Writer:
 
     @property
     def stored(self) -> Manifest | None:
-        """The manifest of what `store_part` has stored last: to build on, where another writer commits it."""
+        """The manifest of what `store_part` has stored last: to build on, if another writer commits it."""
         return None if self._stored is None else self._stored.manifest
 
     def build_on(self, manifest: Manifest) -> None:
