@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from stored import Stored, joined, stored
+from stored import Stored, joined, part_of, stored
 from torch import nn
 
 from everstep.errors import Mismatch
+from everstep.state.capture import Capturer
 from everstep.state.lazy import LazyState
 from everstep.state.objects import named
 from everstep.state.restore import restore
@@ -155,6 +156,29 @@ def test_contents_that_part_are_seen_and_become_each_ranks_own() -> None:
     with torch.no_grad():
         weight[0].weight -= 1
     assert "model/0.weight" not in joined(ranks.stored()).manifest.by_name
+
+
+def test_a_capture_of_what_a_rank_writes_overlaps_and_tells_its_sample() -> None:
+    ranks = Ranks([named(training(0, width=700)) for _ in range(2)])
+    ranks.collect()
+    samples = []
+    for rank, collected in enumerate(ranks.collect(anew=False)):
+        capturer = Capturer()
+        layout = capturer.layout(collected)
+        memory = memoryview(bytearray(layout.arena_bytes))
+        capture = capturer.begin(collected, layout, memory, overlap=True, then=lambda capture: None)
+        capture.fence()
+        capture.done.wait(60)
+        assert capture.error is None
+        assert capture.changed == []
+        expected = part_of(collected, rank, 2)
+        for region, stored_bytes in zip(layout.regions, expected.regions, strict=True):
+            assert memory[region.offset : region.offset + region.size_bytes] == stored_bytes
+        assert capture.sample
+        assert capture.sample == collected.watch.now()
+        samples.append(capture.sample)
+        capturer.close()
+    assert not have_parted(samples)
 
 
 def test_what_ranks_trained_for_themselves_is_not_given_to_others() -> None:

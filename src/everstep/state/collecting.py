@@ -35,7 +35,7 @@ from everstep.state.remembered import Remembered, remembered
 from everstep.state.sharding import is_sharded, local
 from everstep.state.sharing import Place, Sharing, Watch
 from everstep.state.sorts import Sorts, memory
-from everstep.state.tree import Leaves, Tensorlike, dtype_name, flatten, join, leaf_names, renamed
+from everstep.state.tree import Leaves, Tensorlike, dtype_name, flatten, join, renamed
 from everstep.state.world import World
 
 Row: TypeAlias = tuple[str, object, Any, object, Kin, str]
@@ -157,14 +157,19 @@ class Collector:
             "gradients": _gradients(path, objects, gradients, own),
             **({} if config is None else {CONFIG: config}),
         }
-        tree = {OBJECTS: {name: trees[name] for name in objects}, RUN: run}
+        tree: dict[str, Value] = {OBJECTS: {name: trees[name] for name in objects}, RUN: run}
         if self._world.is_alone:
             return Collected({**leaves, **own}, sorts, tree)
         if anew:
             self._sharing.find_out(anew, told, sorts)
         steady = {*modules(objects), *optimizers(objects)}
         written = self._sharing.written({**told, "": own}, sorts, steady)
-        tree[OBJECTS] = {name: self._rename(name, one, written.names) for name, one in tree[OBJECTS].items()}
+        for name in objects:
+            renamed_leaves = written.names.keys() & told[name].keys()
+            if renamed_leaves:
+                names_of = {leaf: written.names[leaf] for leaf in renamed_leaves}
+                trees[name] = self._rename(name, trees[name], names_of)
+        tree[OBJECTS] = {name: trees[name] for name in objects}
         return Collected(written.leaves, written.sorts, tree, written.places, written.fits, written.watch)
 
     def _told(self, name: str, objects: Mapping[str, object], told: dict[str, Leaves]) -> Value:
@@ -213,12 +218,9 @@ class Collector:
 
     def _rename(self, name: str, tree: Value, names: Mapping[str, str]) -> Value:
         """The tree of an object, with the names under which its leaves are stored."""
-        mine = {leaf: names[leaf] for leaf in leaf_names(tree) if leaf in names} if names else {}
-        if not mine:
-            return tree
         known = self._renamed.get(name)
-        if known is None or known.tree is not tree or known.names != mine:
-            known = self._renamed[name] = _Renamed(tree, mine, renamed(tree, mine))
+        if known is None or known.tree is not tree or known.names != names:
+            known = self._renamed[name] = _Renamed(tree, names, renamed(tree, names))
         return known.made
 
 
