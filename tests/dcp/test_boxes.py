@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -17,10 +15,10 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from everstep import dcp
 from everstep.chain.history import Chain
 from everstep.format.layout import Box, Slice, lay_out
-from everstep.format.manifest import StoredSlice
-from everstep.integrations.dcp import boxes, waves
+from everstep.integrations.dcp import waves
 from everstep.integrations.dcp.planning import spread
 from everstep.store.memory import MemoryStore
+from examples import examples
 
 GRID_BYTES = 4096
 DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.complex64]
@@ -33,7 +31,7 @@ def meshes(draw: st.DrawFn, shape: tuple[int, ...]) -> list[list[Box]]:
     return mesh(shape, cuts, draw(st.integers(1, 4)))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data(), SHAPES, st.sampled_from(DTYPES), st.booleans())
 def test_any_boxes_to_any_others(data: Any, shape: tuple[int, ...], dtype: torch.dtype, own: bool) -> None:
     whole = numbered(shape, dtype)
@@ -54,63 +52,10 @@ def test_any_boxes_to_any_others(data: Any, shape: tuple[int, ...], dtype: torch
             assert torch.equal(part, expected)
 
 
-# -- reading boxes -----------------------------------------------------------------------------------------
-
-
-def fill_of(stored: torch.Tensor, offset: int) -> boxes.Fill:
-    """Reads a region that holds one tensor from `offset` on."""
-    data = bytes(offset) + stored.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-    def fill(targets: Iterable[tuple[int, int, memoryview]]) -> None:
-        for region, start, buffer in targets:
-            assert region == 2
-            buffer[:] = data[start : start + len(buffer)]
-
-    return fill
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.data(), SHAPES, st.sampled_from([32, 256, 4096]), st.sampled_from([1, 16, 4096]))
-def test_boxes_of_a_slice(data: Any, shape: tuple[int, ...], stage_bytes: int, run_bytes: int) -> None:
-    stored = numbered(shape)
-    begin = tuple(data.draw(st.integers(0, size - 1)) for size in shape)
-    sizes = tuple(data.draw(st.integers(1, size - at)) for size, at in zip(shape, begin, strict=True))
-    order = data.draw(st.permutations(range(len(shape))))
-    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
-    # Of a tensor in memory of another order, a part.
-    padded = torch.zeros([sizes[n] + 1 for n in order], dtype=dtype)
-    inverse = [order.index(n) for n in range(len(shape))]
-    tensor = padded.permute(inverse)[tuple(slice(0, size) for size in sizes)]
-    part = StoredSlice((0,) * len(shape), shape, 2, 64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(boxes, "STAGE_BYTES", stage_bytes)
-        patch.setattr(boxes, "RUN_BYTES", run_bytes)
-        boxes.read(fill_of(stored, 64), [boxes.Wanted(part, torch.float32, begin, tensor)])
-    expected = stored[tuple(slice(a, a + s) for a, s in zip(begin, sizes, strict=True))]
-    assert torch.equal(tensor, expected.to(dtype))
-    assert padded.count_nonzero() == math.prod(sizes)
-
-
-def test_what_lies_alike_is_read_in_place() -> None:
-    stored = numbered((4, 5))
-    tensor = torch.zeros(2, 5)
-    where: list[int] = []
-    inner = fill_of(stored, 0)
-
-    def fill(targets: Iterable[tuple[int, int, memoryview]]) -> None:
-        for target in targets:
-            where.append(torch.frombuffer(target[2], dtype=torch.float32).data_ptr())
-            inner([target])
-
-    boxes.read(fill, [boxes.Wanted(StoredSlice((0, 0), (4, 5), 2, 0), torch.float32, (1, 0), tensor)])
-    assert where == [tensor.data_ptr()]
-    assert torch.equal(tensor, stored[1:3])
-
-
 # -- waves -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.data(), st.lists(st.tuples(st.integers(0, 3000), st.sampled_from(DTYPES)), max_size=6))
 def test_waves_are_the_memory_of_the_layout(data: Any, sizes: list[tuple[int, torch.dtype]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -150,7 +95,7 @@ def item(name: str, at: tuple[int, ...], size: tuple[int, ...], shape: tuple[int
     return WriteItem(MetadataIndex(name, at), WriteItemType.SHARD, tensor_data=data)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(st.tuples(SHAPES, st.sets(st.integers(0, 3), min_size=1)), max_size=8))
 def test_what_is_spread_is_written_once_by_who_has_it(
     leaves: list[tuple[tuple[int, ...], set[int]]],

@@ -30,7 +30,7 @@ from everstep.chain.reader import Target
 from everstep.errors import Conflict, Damaged, Unsupported
 from everstep.format.manifest import OBJECTS, RUN, Manifest, StoredLeaf, StoredSlice
 from everstep.format.values import Leaf, Value
-from everstep.integrations.dcp import boxes, verified
+from everstep.integrations.dcp import verified
 from everstep.integrations.dcp.names import Path, items, key_of
 from everstep.integrations.dcp.planning import LoadPlanner as OwnLoadPlanner
 from everstep.integrations.dcp.saving import Place
@@ -145,7 +145,7 @@ class Reader(StorageReader):
             for item in plan.items
             if item.type != LoadItemType.BYTE_IO
         ]
-        boxes.read(fill, [found.wanted(item, tensor) for item, tensor in tensors])
+        leaves.read_boxes(found.manifest, fill, [found.wanted(item, tensor) for item, tensor in tensors])
         for item, tensor in tensors:
             planner.commit_tensor(item, tensor)
         self._hand_over(found, fill, [one for one in plan.items if one.type == LoadItemType.BYTE_IO], planner)
@@ -262,7 +262,7 @@ class _Found:
         """By the name of the leaf and where in it they begin."""
         return {(leaf.name, one.at): one for leaf in self.manifest.leaves for one in leaf.slices}
 
-    def wanted(self, item: ReadItem, tensor: torch.Tensor) -> boxes.Wanted:
+    def wanted(self, item: ReadItem, tensor: torch.Tensor) -> leaves.Wanted:
         """What a plan wants to be read into a tensor."""
         leaf = self.items[item.storage_index.fqn][1]
         assert isinstance(leaf, Leaf)
@@ -273,4 +273,4 @@ class _Found:
                 f"for a box of {list(item.lengths)}"
             )
         part = self._slices[leaf.name, tuple(item.storage_index.offset or (0,) * len(stored.shape))]
-        return boxes.Wanted(part, torch_dtype(stored.dtype), tuple(item.storage_offsets), tensor)
+        return leaves.Wanted(part, torch_dtype(stored.dtype), tuple(item.storage_offsets), tensor)
