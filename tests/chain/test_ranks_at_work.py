@@ -20,7 +20,7 @@ from everstep.store.base import Store
 from everstep.store.memory import MemoryStore
 from everstep.testing.faults import Died, FaultyStore
 
-RANKS = 3
+RANKS = 2
 KINDS = (keys.SNAPSHOTS, keys.MANIFESTS, keys.PACKS, keys.RELOCATIONS, keys.PARTS)
 
 
@@ -158,9 +158,9 @@ def test_an_outsider_prunes_between_any_two_operations_of_ranks() -> None:
         assert done[-1] == 5 or one_take(world, 6)
         assert assert_whole(store)[0] in (5, 6)
         assert_clean(world)
-        at += 1
-    assert count > 60
-    assert skipped <= count // 4
+        at += 3
+    assert count > 50
+    assert skipped <= count // 20
 
 
 def stored_ahead(world: World, step: int) -> Take:
@@ -198,7 +198,7 @@ def test_what_takes_that_failed_have_left_goes_after_three_that_did_not() -> Non
     world = World(MemoryStore(), RANKS)
     one_take(world, 0)
     lost = world.begin()
-    world.store(lost, STATES[2], [0, 2])
+    world.store(lost, STATES[2])
     garbage = {entry.key for entry in world.chain.store.list(keys.MANIFESTS)}
     garbage -= set(map(keys.manifest, world.chain.head().record.manifests))  # type: ignore[union-attr]
     assert len(garbage) == 2
@@ -295,12 +295,12 @@ def test_a_rank_that_gave_up_lets_the_next_take_go_on() -> None:
     world = World(MemoryStore(), RANKS)
     one_take(world, 0)
     take = world.begin()
-    world.store(take, STATES[1], [0, 1])
-    parts.withdraw(world.chain, take, 2, "No space left on device")
-    with pytest.raises(Unavailable, match="rank 2 could not store its part of the snapshot: No space left"):
+    world.store(take, STATES[1], [0])
+    parts.withdraw(world.chain, take, 1, "No space left on device")
+    with pytest.raises(Unavailable, match="rank 1 could not store its part of the snapshot: No space left"):
         world.commit(take, 1)
     with pytest.raises(Conflict, match="given take"):
-        world.store(take, STATES[1], [2])
+        world.store(take, STATES[1], [1])
     assert one_take(world, 2)
     assert assert_whole(world.chain.store) == [2, 0]
     world.prune(Keep.parse("last 1"))

@@ -139,8 +139,12 @@ def _list(
     return iter([found] if found else [])
 
 
-def _delete(bucket: Bucket, key: str) -> None:
-    bucket._meet("delete", lambda: bucket.objects.pop(key, None))
+def _delete(bucket: Bucket, which: str | list[str]) -> None:
+    def work() -> None:
+        for key in [which] if isinstance(which, str) else which:
+            bucket.objects.pop(key, None)
+
+    bucket._meet("delete", work)
 
 
 def install(bucket: Bucket, patch: pytest.MonkeyPatch) -> Bucket:

@@ -197,8 +197,8 @@ class Writer:
         self._dropped = True
 
     def look_again(self) -> None:
-        """For a rank whose part was not committed: what was pruned meanwhile, or is about to be, is not shared
-        with any more. A listing, and one of all packs if there was a prune since the last look."""
+        """For a rank whose part was not committed: what was pruned meanwhile, or is about to be, is shared no
+        more. A listing, and one of all packs if there was a prune since the last look."""
         if self._doomed.look() or self._doomed.names:
             self._forget_gone(self._packs_there() - self._doomed.names)
 
@@ -396,11 +396,30 @@ class Writer:
         if (news or (several and self._dropped)) and relied:
             there = self._packs_there()
             self._forget_gone(there)
-            taken |= relied - names - there
+            gone = relied - names - there
+            taken |= gone if not several else self._lost(parts, gone, there)
             taken |= {name for name in relied & names if not exists(self.chain.store, keys.manifest(name))}
         if taken:
             raise _Pruned(taken)
         self._dropped = False
+
+    def _lost(self, parts: Sequence[Part], gone: set[str], there: set[str]) -> set[str]:
+        """Those of the packs that are gone of which not all that a part needs was relocated. Another rank's
+        part is not stored once more, so what is in it stands; but not while somebody prunes, who may be about
+        to take relocations away."""
+        concerned = [part for part in parts if not gone.isdisjoint(part.relies)]
+        if not concerned or self._doomed.names:
+            return gone
+        self._relocations.look()
+        lost: set[str] = set()
+        for part in concerned:
+            try:
+                manifest = manifests.decode(self.chain.store.get(keys.manifest(part.manifest)))
+            except (Damaged, NotFound):
+                return gone
+            if self._relocations.table.without(manifest, lambda pack: pack not in there) is None:
+                lost |= gone & manifest.packs.keys()
+        return lost
 
     def _forget_gone(self, there: set[str]) -> None:
         """What later snapshots might have shared, too: nothing tells of it once more."""

@@ -126,6 +126,14 @@ class Distant(Protocol):
 
 
 @runtime_checkable
+class Clearing(Protocol):
+    """A store that takes many objects away with few requests."""
+
+    def clear(self, keys: Sequence[str]) -> None:
+        """What `delete` does, for all of them, in no order. Raises as that; some may be gone then."""
+
+
+@runtime_checkable
 class Redundant(Protocol):
     """A store that holds more of each object than it takes to read it, and can make that whole again."""
 

@@ -336,6 +336,21 @@ class ObjectStore:
         except Failed:
             return
 
+    def clear(self, keys: Sequence[str]) -> None:
+        """A request takes away up to a thousand, where the store has such."""
+        for start in range(0, len(keys), PAGE):
+            some = [checked(key) for key in keys[start : start + PAGE]]
+
+            def request(obs: Any, client: Any, some: Sequence[str] = some) -> None:
+                obs.delete(client, some)
+
+            try:
+                self._tried("delete", some[0], request, [MISSING])
+            except Failed:
+                # One of them was not there, and what became of the others is not said.
+                for key in some:
+                    self.delete(key)
+
     # -- whether it can be one ----------------------------------------------------------------------------
 
     def probe(self) -> None:

@@ -22,6 +22,7 @@ import pytest
 
 from everstep.errors import Conflict, NotFound
 from everstep.store.base import Buffer, Store
+from everstep.store.deleting import delete_all
 
 THREADS = 8
 ROUNDS = 60
@@ -338,6 +339,15 @@ class StoreContract:
             assert listed(store) == ["a/b0", "a/c"]
         with pytest.raises(NotFound):
             store.get("a/b")
+
+    def test_many_are_deleted_at_once(self, store: Store) -> None:
+        names = [f"many/{number:04}" for number in range(20)]
+        put_all(store, [*names, "other/0001"])
+        delete_all(store, [*names[::2], "many/never"])
+        assert listed(store) == [*names[1::2], "other/0001"]
+        delete_all(store, names)
+        delete_all(store, [])
+        assert listed(store) == ["other/0001"]
 
     def test_a_key_is_free_again_after_a_delete(self, store: Store) -> None:
         store.put("key", [b"old and long"])
