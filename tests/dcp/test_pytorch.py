@@ -4,9 +4,10 @@ They are no part of this project, and are not changed: `pytorch.sh` gets them ou
 of PyTorch into a cache, `EVERSTEP_PYTORCH_TESTS` names another directory that has them (best, the
 `test/distributed/checkpoint` of the installed release). `swap/sitecustomize.py` swaps the classes, in
 spawned processes too, and lets what asks for GPUs run on the CPU with gloo. That takes most of an hour, so
-it is done only where they are there:
+it is done only where it is asked for:
 
-    pip install expecttest && tests/dcp/pytorch.sh && python -m pytest tests/dcp/test_pytorch.py -n 0
+    pip install expecttest && tests/dcp/pytorch.sh
+    EVERSTEP_REQUIRE_PYTORCH_TESTS=1 python -m pytest tests/dcp/test_pytorch.py -n 0
 
 As a program it prints what came of each file: `python tests/dcp/test_pytorch.py [everstep|none] [FILE...]`;
 with `none` nothing is swapped, which tells what passes on this machine at all.
@@ -109,6 +110,8 @@ def run(where: Path, file: str, swap: str = "everstep", without: tuple[str, ...]
 
 @pytest.mark.parametrize("file", FILES)
 def test_pytorchs_own(file: str) -> None:
+    if not (GIVEN or REQUIRED):
+        pytest.skip("PyTorch's own tests take most of an hour: see tests/dcp/test_pytorch.py")
     where = directory()
     missing = "PyTorch's own tests are not here" if where is None else ""
     if importlib.util.find_spec("expecttest") is None:
