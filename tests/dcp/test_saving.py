@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
-from ranks import Boxed, load, mesh, numbered, save
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -31,6 +30,7 @@ from everstep.format import keys, record
 from everstep.format.record import LeaseRecord
 from everstep.integrations.dcp import saving
 from everstep.store.memory import MemoryStore
+from ranks import Boxed, load, mesh, numbered, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -157,6 +157,34 @@ def test_what_cannot_be_stored_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointException, match=r"a/b\.c is a .*Own and cannot be stored"):
         torch_dcp.save({"a": {"b.c": Own()}}, storage_writer=dcp.Writer(tmp_path / "c", step=2))
     assert [one.step for one in Chain(tmp_path / "c").snapshots()] == [1]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "what"),
+    [
+        (torch.ones(3).to_sparse(), "model/w is a tensor of layout torch.sparse_coo"),
+        (torch.ones(3, device="meta"), "model/w is a tensor without data yet"),
+        (
+            torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+            "model/w: the dtype 'qint8' cannot be",
+        ),
+    ],
+    ids=["sparse", "meta", "quantized"],
+)
+def test_tensors_that_cannot_be_stored_are_named(tmp_path: Path, tensor: torch.Tensor, what: str) -> None:
+    with pytest.raises(CheckpointException, match=what):
+        torch_dcp.save({"model": {"w": tensor}}, storage_writer=dcp.Writer(tmp_path / "c"))
+
+
+def test_what_makes_no_record_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(Mismatch, match="step=-1"):
+        dcp.Writer(tmp_path / "c", step=-1)
+    with pytest.raises(Mismatch, match="metric 'loss' is a str"):
+        dcp.Writer(tmp_path / "c", metrics={"loss": "low"})
+    writer = dcp.Writer(tmp_path / "c", metrics={"loss": torch.tensor(0.5), "seen": 10**17 + 1})
+    torch_dcp.save({"n": 1}, storage_writer=writer)
+    assert writer.snapshot is not None
+    assert writer.snapshot.record.metrics == {"loss": 0.5, "seen": 10**17 + 1}
 
 
 # -- the same snapshots ------------------------------------------------------------------------------------

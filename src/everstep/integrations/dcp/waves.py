@@ -13,7 +13,7 @@ import torch
 from everstep.chain.packing import Wave
 from everstep.errors import Mismatch
 from everstep.format.layout import Layout, Slice
-from everstep.state.tree import Tensorlike, torch_dtype
+from everstep.state.tree import Tensorlike, flatten, torch_dtype
 
 WAVE_BYTES = 256 * 1024 * 1024
 """So much memory is taken, and less where there is less to write."""
@@ -99,6 +99,8 @@ def _resolved(source: Source) -> torch.Tensor:
     resolved = source.resolve()
     if isinstance(resolved, np.ndarray):
         return torch.from_numpy(np.require(resolved, requirements=["C", "W"]).reshape(-1).view(np.uint8))
+    # Refused by name where it is nothing to store: sparse, or without data.
+    flatten(source.slice.name, resolved, {})
     tensor = resolved.detach()
     dtype, extent = _dtype_of(source), source.slice.extent
     if tuple(tensor.shape) != extent:

@@ -27,7 +27,7 @@ from everstep.chain.writer import Captured, Facts
 from everstep.errors import Mismatch, Unsupported
 from everstep.format import values
 from everstep.format.keys import checked
-from everstep.format.layout import Slice
+from everstep.format.layout import Slice, item_bytes
 from everstep.format.manifest import OBJECTS, RUN
 from everstep.format.record import Number
 from everstep.format.values import Leaf, Value
@@ -36,6 +36,7 @@ from everstep.integrations.dcp.names import Path, leaf_name, number, place
 from everstep.integrations.dcp.saving import Seat, saving
 from everstep.integrations.dcp.waves import Source, Waves
 from everstep.run import environment
+from everstep.run.metrics import Reading
 from everstep.state.tree import Leaves, Tensorlike, dtype_name, flatten
 from everstep.store.base import Store
 from everstep.store.urls import open_store
@@ -70,7 +71,8 @@ class Writer(StorageWriter):
         branch: whose head advances.
         keep: which snapshots of the branch stay, as for `everstep.open`; the others are dropped after each
             save.
-        note, metrics: recorded with the snapshot; `best:loss` is found by them.
+        note: recorded with the snapshot.
+        metrics: too, numbers or tensors of one element, for which this waits; `best:loss` is found by them.
 
     Attributes:
         snapshot: the last one that this writer has committed, in the coordinator's process.
@@ -90,15 +92,18 @@ class Writer(StorageWriter):
         branch: str = MAIN,
         keep: str = "all",
         note: str = "",
-        metrics: Mapping[str, Number] | None = None,
+        metrics: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self._place = _absolute(url)
-        self._step = step
+        self._step = None if step is None else _checked_step(step)
         self._branch = checked(branch, "branch")
         self._keep = Keep.parse(keep)
         self._note = note
-        self._metrics = dict(metrics or {})
+        self._metrics: dict[str, Number] = {
+            name: one if type(one) is int else Reading(name, one).value()
+            for name, one in (metrics or {}).items()
+        }
         self._names: frozenset[str] | None = None
         """What this rank has of the state, by its planner's plan; None: all that the planner has."""
         self._facts: Facts | None = None
@@ -208,6 +213,12 @@ def _absolute(url: str | os.PathLike[str] | Store) -> str | Store:
     return os.path.abspath(place) if is_path else place
 
 
+def _checked_step(step: int) -> int:
+    if step < 0:
+        raise Mismatch(f"step={step} is none", kept="nothing was touched", next="a step from 0 on")
+    return int(step)
+
+
 def _step_of(checkpoint_id: str | os.PathLike[str]) -> int | None:
     text = os.fspath(checkpoint_id).removeprefix("step:")
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
@@ -289,10 +300,15 @@ class _Told:
         data = item.tensor_data
         assert data is not None
         assert data.chunk is not None
+        name, dtype = leaf_name(self._path(item.index.fqn)), str(data.properties.dtype).removeprefix("torch.")
+        try:
+            item_bytes(dtype)
+        except Unsupported as error:
+            raise Unsupported(f"{name}: {error.problem}", kept="no snapshot was taken") from error
         return Source(
             Slice(
-                name=leaf_name(self._path(item.index.fqn)),
-                dtype=str(data.properties.dtype).removeprefix("torch."),
+                name=name,
+                dtype=dtype,
                 shape=tuple(data.size),
                 at=tuple(data.chunk.offsets),
                 extent=tuple(data.chunk.sizes),
