@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -334,6 +335,17 @@ def test_a_process_that_has_loaded_shares_what_it_has_read(
         new.append(head.record.new_bytes)
     nbytes = state["a"].nbytes
     assert new == [2 * nbytes, nbytes, 0]
+
+
+def test_a_chain_that_was_made_anew_in_the_same_place(tmp_path: Path) -> None:
+    """Nothing of the one before is taken for being there, nor is its lease."""
+    state = {"a": torch.rand(900, 700)}
+    for _ in range(3):
+        shutil.rmtree(tmp_path / "c", ignore_errors=True)
+        torch_dcp.save(state, storage_writer=dcp.Writer(tmp_path / "c"))
+        there = {"a": torch.zeros(900, 700)}
+        torch_dcp.load(there, storage_reader=dcp.Reader(tmp_path / "c"))
+        assert torch.equal(there["a"], state["a"])
 
 
 def test_one_snapshot_is_loaded_by_all_ranks(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ class Saving:
             Conflict: another process of this machine is at it.
             Fenced: somebody else has saved to this branch since this process has.
         """
-        store, here = self.chain.store, (os.getpid(), self.chain.store.url, self.branch)
+        store, here = self.chain.store, (os.getpid(), self.chain.about.chain, self.branch)
         with self._committing:
             _refuse_replaced(store, self.branch, _left.get(here))
             lease = Lease.take(store, self.branch)
@@ -131,12 +131,15 @@ _lock = threading.Lock()
 
 
 def saving(place: Place, branch: str, seat: Seat) -> Saving:
-    """What this process knows of a branch. Raises NotFound where there is no chain."""
+    """What this process knows of a branch. One small request: what it knew of another chain, which was here
+    before, is of no use. Raises NotFound where there is no chain."""
+    chain = Chain(open_store(place))
     with _lock:
         key = (os.getpid(), place if isinstance(place, str) else id(place), branch, seat)
-        if key not in _savings:
-            _savings[key] = Saving(Chain(open_store(place)), branch, seat)
-        return _savings[key]
+        known = _savings.get(key)
+        if known is None or known.chain.about.chain != chain.about.chain:
+            known = _savings[key] = Saving(chain, branch, seat)
+        return known
 
 
 # -- who has saved meanwhile -------------------------------------------------------------------------------

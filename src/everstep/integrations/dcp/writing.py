@@ -33,7 +33,7 @@ from everstep.format.record import Number
 from everstep.format.values import Leaf, Value
 from everstep.integrations.dcp import planning
 from everstep.integrations.dcp.names import Path, leaf_name, number, place
-from everstep.integrations.dcp.saving import Seat, saving
+from everstep.integrations.dcp.saving import Saving, Seat, saving
 from everstep.integrations.dcp.waves import Source, Waves
 from everstep.run import environment
 from everstep.run.metrics import Reading
@@ -107,6 +107,7 @@ class Writer(StorageWriter):
         self._names: frozenset[str] | None = None
         """What this rank has of the state, by its planner's plan; None: all that the planner has."""
         self._facts: Facts | None = None
+        self._saving: Saving | None = None
         self.snapshot: Snapshot | None = None
 
     def __repr__(self) -> str:
@@ -119,7 +120,7 @@ class Writer(StorageWriter):
                 kept="no snapshot was taken",
                 next="everstep.dcp.Writer(URL)",
             )
-        return {**self.__dict__, "_names": None, "_facts": None, "snapshot": None}
+        return {**self.__dict__, "_names": None, "_facts": None, "_saving": None, "snapshot": None}
 
     @property
     def checkpoint_id(self) -> str:
@@ -173,7 +174,7 @@ class Writer(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         seat = plan.storage_data if isinstance(plan.storage_data, Seat) else Seat()
-        mine = saving(self._place, self._branch, seat)
+        mine = self._saving = saving(self._place, self._branch, seat)
         step = mine.next_step() if self._step is None else self._step
         told = _Told(plan, planner, self._names)
         sources = told.sources()
@@ -198,8 +199,8 @@ class Writer(StorageWriter):
         """The one commit point, on the coordinator. Durable on return."""
         parts = [one.storage_data for mine in results for one in mine if isinstance(one.storage_data, Part)]
         assert self._facts is not None
-        mine = saving(self._place, self._branch, Seat(0, len(parts)))
-        self.snapshot = mine.commit(parts, self._facts, self._keep)
+        assert self._saving is not None
+        self.snapshot = self._saving.commit(parts, self._facts, self._keep)
         metadata.storage_data = {}
         metadata.storage_meta = StorageMeta(checkpoint_id=f"{self.checkpoint_id}@{self.snapshot.id}")
 
