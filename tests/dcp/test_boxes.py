@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ranks import Boxed, load, mesh, numbered, save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
@@ -19,6 +18,7 @@ from everstep.integrations.dcp import waves
 from everstep.integrations.dcp.planning import spread
 from everstep.store.memory import MemoryStore
 from examples import examples
+from ranks import Boxed, load, mesh, numbered, save
 
 GRID_BYTES = 4096
 DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.complex64]

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Boxed, load, mesh, numbered, save
 
 from everstep import dcp
 from everstep.chain.history import Chain
@@ -16,6 +15,7 @@ from everstep.errors import Unavailable
 from everstep.integrations.dcp import saving
 from everstep.store.memory import MemoryStore
 from everstep.testing.faults import Died, FaultyStore
+from ranks import Boxed, load, mesh, numbered, save
 
 GRID_BYTES = 4096
 RANKS = 2
@@ -24,7 +24,7 @@ SHAPE = (40, 64)
 
 @pytest.fixture(autouse=True)
 def _as_a_process_that_has_just_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_savings", "_left"):
+    for name in ("_savings", "_left", "_kept"):
         monkeypatch.setattr(saving, name, {})
 
 
@@ -59,7 +59,7 @@ def writes() -> int:
 def test_a_fault_at_any_write(done: bool, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """All ranks use one store here, so that any write of any rank is struck."""
     for at in range(writes()):
-        for name in ("_savings", "_left"):
+        for name in ("_savings", "_left", "_kept"):
             monkeypatch.setattr(saving, name, {})
         inner = started()
         store = FaultyStore(inner, at, fault, done=done)
@@ -70,10 +70,11 @@ def test_a_fault_at_any_write(done: bool, fault: Any, monkeypatch: pytest.Monkey
         assert steps in ([1], [2, 1], [2]), at
         assert not verify(Chain(inner)).findings, at
         # The next job saves, and this one too, where it lives.
-        for name in ("_savings", "_left") if fault is Died else ():
+        for name in ("_savings", "_left", "_kept") if fault is Died else ():
             monkeypatch.setattr(saving, name, {})
         again = inner if fault is Died else store
-        monkeypatch.setattr("everstep.chain.lease._lives", lambda _: False)
+        if fault is Died:
+            monkeypatch.setattr("everstep.chain.lease._lives", lambda _: False)
         save(states(90), [dcp.Writer(again, step=3) for _ in range(RANKS)])
         steps, newest = whole_of(inner)
         assert steps[0] == 3

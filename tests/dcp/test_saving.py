@@ -273,6 +273,23 @@ def test_several_ranks_save_one_snapshot(tmp_path: Path, planner: type[SavePlann
     assert not verify(Chain(tmp_path / "c")).findings
 
 
+@pytest.mark.parametrize("planner", [DefaultSavePlanner, dcp.SavePlanner])
+def test_values_that_differ_between_ranks_are_the_lowest_ones(
+    tmp_path: Path, planner: type[SavePlanner]
+) -> None:
+    """Also the arrays in them, whoever is planned to write them."""
+    states: list[State] = [
+        {"x": torch.zeros(9), "v": (np.arange(3), 1), "w": None},
+        {"v": None, "w": (np.arange(4),), "only": [np.arange(5)]},
+        {"v": (np.arange(7),), "w": (np.arange(8), 2), "only": [np.arange(9)]},
+    ]
+    save(states, [dcp.Writer(tmp_path / "c") for _ in states], planner)
+    there: State = {"x": torch.ones(9), "v": None, "w": 1, "only": []}
+    load([there], [dcp.Reader(tmp_path / "c")])
+    assert_same({**states[0], "only": [np.arange(5)]}, there)
+    assert not verify(Chain(tmp_path / "c")).findings
+
+
 def test_what_all_ranks_hold_is_written_once_and_by_all(tmp_path: Path) -> None:
     large = torch.rand(3001, 700)
     states = [{"large": large, "small": numbered((9,)), "n": 1} for _ in range(4)]

@@ -22,7 +22,7 @@ from everstep.chain.lease import Holder, Lease
 from everstep.chain.parts import Part
 from everstep.chain.retention import Keep
 from everstep.chain.writer import Captured, Facts, Writer
-from everstep.errors import Damaged, EverstepError, Fenced, NotFound
+from everstep.errors import Damaged, EverstepError, Fenced, NotFound, Unavailable
 from everstep.format import keys, record
 from everstep.format.layout import Layout, Slice, lay_out
 from everstep.format.manifest import Manifest
@@ -91,10 +91,8 @@ class Saving:
             Conflict: another process of this machine is at it.
             Fenced: somebody else has saved to this branch since this process has.
         """
-        store, here = self.chain.store, (os.getpid(), self.chain.about.chain, self.branch)
         with self._committing:
-            _refuse_replaced(store, self.branch, _left.get(here))
-            lease = Lease.take(store, self.branch)
+            lease = _taken(self.chain, self.branch)
             try:
                 writer = Writer(self.chain, lease, self.branch, self._parent())
                 snapshot = writer.commit(parts, facts)
@@ -102,8 +100,7 @@ class Saving:
                 if keep != ALL:
                     self._tidy(lease, keep)
             finally:
-                lease.release()
-                _left[here] = lease.number + 1
+                _give_back(self.chain, lease)
             return snapshot
 
     def _parent(self) -> str:
@@ -127,6 +124,12 @@ _savings: dict[tuple[object, ...], Saving] = {}
 _left: dict[tuple[object, ...], int] = {}
 """The number of the lease that this process gave back last, by branch."""
 
+_kept: dict[tuple[object, ...], int] = {}
+"""That of one that it could not give back, because the store was away; or `_IN_DOUBT`, where it may have one:
+it asked for it, and got no answer."""
+
+_IN_DOUBT = -1
+
 _lock = threading.Lock()
 
 
@@ -142,6 +145,44 @@ def saving(place: Place, branch: str, seat: Seat) -> Saving:
         return known
 
 
+def _here(chain: Chain, branch: str) -> tuple[object, ...]:
+    return (os.getpid(), chain.about.chain, branch)
+
+
+def _taken(chain: Chain, branch: str) -> Lease:
+    """The lease of a branch, for one commit."""
+    here, store = _here(chain, branch), chain.store
+    kept = _kept.get(here)
+    if kept is not None:
+        newest = leases.newest(store, branch)
+        if newest == kept or (kept == _IN_DOUBT and _is_this_process(_holder(store, branch, newest))):
+            return Lease(store, newest, branch)
+    _refuse_replaced(store, branch, _left.get(here))
+    try:
+        return Lease.take(store, branch)
+    except Unavailable:
+        _kept[here] = _IN_DOUBT
+        raise
+
+
+def _give_back(chain: Chain, lease: Lease) -> None:
+    here = _here(chain, lease.branch)
+    try:
+        lease.release()
+    except Unavailable:
+        # What was committed is committed. The next save of this process goes on under it.
+        _kept[here] = lease.number
+    else:
+        _kept.pop(here, None)
+        _left[here] = lease.number + 1
+
+
+def refuse_busy(chain: Chain, branch: str) -> None:
+    """Raises Conflict where another process of this machine writes to a branch, or a run of this one."""
+    if _here(chain, branch) not in _kept:
+        leases.refuse_living(chain.store, branch)
+
+
 # -- who has saved meanwhile -------------------------------------------------------------------------------
 
 
@@ -151,18 +192,27 @@ def _refuse_replaced(store: Store, branch: str, left: int | None) -> None:
     if left is None:
         return
     for number in range(left + 1, leases.newest(store, branch) + 1):
-        key = keys.numbered(keys.lease(branch), number)
-        try:
-            holder = record.unseal(store.get(key, 0, record.MAX_RECORD_BYTES + 1), LeaseRecord, key)
-        except (NotFound, Damaged):
-            continue
-        if holder.pid and not _is_of_this_job(holder):
+        holder = _holder(store, branch, number)
+        if holder is not None and holder.pid and not _is_of_this_job(holder):
             raise Fenced(
                 f"branch {branch!r} of {store.url} was written by process {holder.pid} on {holder.host} "
                 f"since this one saved (at {holder.at})",
                 kept="nothing was changed, and all that was committed is intact",
                 next=f"everstep -r {store.url} log",
             )
+
+
+def _holder(store: Store, branch: str, number: int) -> LeaseRecord | None:
+    """Who a lease names; None where that cannot be read."""
+    key = keys.numbered(keys.lease(branch), number)
+    try:
+        return record.unseal(store.get(key, 0, record.MAX_RECORD_BYTES + 1), LeaseRecord, key)
+    except (NotFound, Damaged):
+        return None
+
+
+def _is_this_process(holder: LeaseRecord | None) -> bool:
+    return holder is not None and holder.pid == os.getpid() and leases.lives_here(holder)
 
 
 def _is_of_this_job(holder: Holder) -> bool:

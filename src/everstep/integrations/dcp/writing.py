@@ -6,6 +6,7 @@ import dataclasses
 import io
 import os
 import pickle
+import time
 import zipfile
 from collections.abc import Mapping
 from functools import partial
@@ -20,7 +21,6 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from everstep.chain.history import MAIN, Chain, Snapshot
-from everstep.chain.lease import refuse_living
 from everstep.chain.parts import Part
 from everstep.chain.retention import Keep
 from everstep.chain.writer import Captured, Facts
@@ -28,12 +28,12 @@ from everstep.errors import Mismatch, Unsupported
 from everstep.format import values
 from everstep.format.keys import checked
 from everstep.format.layout import Slice, item_bytes
-from everstep.format.manifest import OBJECTS, RUN
+from everstep.format.manifest import OBJECTS, OWN, RUN
 from everstep.format.record import Number
 from everstep.format.values import Leaf, Value
 from everstep.integrations.dcp import planning
 from everstep.integrations.dcp.names import Path, leaf_name, number, place
-from everstep.integrations.dcp.saving import Saving, Seat, saving
+from everstep.integrations.dcp.saving import Saving, Seat, refuse_busy, saving
 from everstep.integrations.dcp.waves import Source, Waves
 from everstep.run import environment
 from everstep.run.metrics import Reading
@@ -158,8 +158,7 @@ class Writer(StorageWriter):
             )
         if is_coordinator:
             # Now, and not after everything was stored.
-            chain = Chain.create(open_store(self._place))
-            refuse_living(chain.store, self._branch)
+            refuse_busy(Chain.create(open_store(self._place)), self._branch)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         self._names = frozenset(item.index.fqn for item in plan.items) if plan.usable else None
@@ -176,7 +175,7 @@ class Writer(StorageWriter):
         seat = plan.storage_data if isinstance(plan.storage_data, Seat) else Seat()
         mine = self._saving = saving(self._place, self._branch, seat)
         step = mine.next_step() if self._step is None else self._step
-        told = _Told(plan, planner, self._names)
+        told = _Told(plan, planner, self._names, seat.rank)
         sources = told.sources()
         layout = mine.layout([one.slice for one in sources])
         tree = {OBJECTS: told.tree, RUN: _run_part(step, told.flattened)}
@@ -188,6 +187,7 @@ class Writer(StorageWriter):
             metrics=self._metrics,
             approximate=(LACKS,),
             environment=environment.here(),
+            begun=time.monotonic(),
         )
         part = mine.store(Captured(layout, values.encode(tree), waves))
         results = [WriteResult(item.index, item.tensor_storage_size() or 0, None) for item in plan.items]
@@ -243,13 +243,14 @@ class _Told:
     Args:
         plan: the final one, of what this rank writes.
         names: all that this rank has; None for what the planner has.
+        rank: this one.
 
     Attributes:
         tree: its values, and the names of its leaves.
         flattened: whether the planner has looked into dicts and lists.
     """
 
-    def __init__(self, plan: SavePlan, planner: SavePlanner, names: frozenset[str] | None) -> None:
+    def __init__(self, plan: SavePlan, planner: SavePlanner, names: frozenset[str] | None, rank: int) -> None:
         self._plan = plan
         self._planner = planner
         self._items = {item.index.fqn: item for item in plan.items}
@@ -261,8 +262,10 @@ class _Told:
         self.flattened = isinstance(paths, Mapping)
         self._paths: Mapping[str, Path] = paths if isinstance(paths, Mapping) else {}
         self.tree: dict[str, Value] = {}
-        self._within: dict[str, Leaves] = {}
-        """The tensors and arrays in values that are none themselves, by what is said to hold them."""
+        self._own = f"{OWN}{rank}/" if rank else ""
+        self._within: Leaves = {}
+        """The tensors and arrays in values that are none themselves. Each rank stores its own: of values that
+        differ between ranks the lowest rank's count, whoever is planned to write them."""
 
         for name in self._items if known is None else known:
             if names is None or name in names or name in self._items:
@@ -282,20 +285,16 @@ class _Told:
         )
         if is_tensor:
             return Leaf(leaf_name(path))
-        self._within[name] = {}
-        return flatten(leaf_name(path), _object(self._planner, name), self._within[name])
+        return flatten(self._own + leaf_name(path), _object(self._planner, name), self._within)
 
     def sources(self) -> list[Source]:
         """What this rank is to write."""
         found: dict[object, Source] = {}
         for item in self._plan.items:
-            if item.type == WriteItemType.BYTE_IO:
-                for leaf, tensor in self._within[item.index.fqn].items():
-                    found.setdefault(leaf, _whole(leaf, tensor))
-            else:
+            if item.type != WriteItemType.BYTE_IO:
                 source = self._source(item)
                 found.setdefault((source.slice.name, source.slice.box), source)
-        return list(found.values())
+        return [*found.values(), *(_whole(leaf, tensor) for leaf, tensor in self._within.items())]
 
     def _source(self, item: WriteItem) -> Source:
         data = item.tensor_data
