@@ -25,7 +25,7 @@ from everstep.chain.figures import Amount, Figures
 from everstep.chain.history import Chain, Snapshot
 from everstep.chain.lease import Lease
 from everstep.chain.writer import Captured, Facts, Writer
-from everstep.errors import Damaged, NotFound, Unsupported
+from everstep.errors import Damaged, NotFound
 from everstep.format import keys, layout, values
 from everstep.format.chunk import Encoding
 from everstep.format.layout import item_bytes, lay_out
@@ -478,7 +478,7 @@ def test_a_snapshot_that_is_pruned_meanwhile_is_not_called_damaged() -> None:
         compare(chain, one, chain, two)
 
 
-def test_a_leaf_of_several_slices_is_not_taken_for_its_first() -> None:
+def test_a_leaf_of_several_slices_is_compared_slice_by_slice() -> None:
     series = Series()
     one, two = series.take({"a": floats(1, 2, 3, 4)}), series.take({"a": floats(1, 2, 3, 5)})
 
@@ -489,12 +489,12 @@ def test_a_leaf_of_several_slices_is_not_taken_for_its_first() -> None:
             halves = StoredSlice((0,), (2,), 0, 0), StoredSlice((2,), (2,), 0, 8)
             return msgspec.structs.replace(found, leaves=(msgspec.structs.replace(leaf, slices=halves),))
 
-    chain = Spread(series.chain.store)
-    with pytest.raises(Unsupported, match="leaf a is spread over 2 slices"):
-        compare(chain, one, chain, two)
-    many = Snapshot(one.id, msgspec.structs.replace(one.record, manifests=one.record.manifests * 2))
-    with pytest.raises(Unsupported, match="was taken by several ranks"):
-        compare(series.chain, many, series.chain, two)
+    for chains in ((Spread, Spread), (Spread, Chain), (Chain, Spread)):
+        before, after = (kind(series.chain.store) for kind in chains)
+        (leaf,) = compare(before, one, after, two).leaves
+        assert leaf.amount is not None
+        assert (leaf.kind, leaf.amount.changed, leaf.amount.max_abs) == ("changed", 1, 1.0)
+        assert compare(before, one, after, one).identical
 
 
 # -- values ------------------------------------------------------------------------------------------------

@@ -10,23 +10,22 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import msgspec
 
 from everstep.chain.describing import Described
 from everstep.chain.doomed import Doomed
+from everstep.chain.earlier import Earlier
 from everstep.chain.encoding import Encoder, Encodings, Measured
 from everstep.chain.fence import fence_former
 from everstep.chain.history import MAIN, Chain, Snapshot, now
 from everstep.chain.lanes import idle_cores
 from everstep.chain.lease import Lease
-from everstep.chain.names import exists
+from everstep.chain.names import missing
 from everstep.chain.packing import Before, Draft, Packing, Wave
 from everstep.chain.parts import Part
 from everstep.chain.relocations import Relocations
@@ -34,6 +33,7 @@ from everstep.errors import Conflict, Damaged, Mismatch, NotFound, Unavailable
 from everstep.format import keys, pack, record
 from everstep.format import manifest as manifests
 from everstep.format.chunk import Buffer, digest
+from everstep.format.joining import join
 from everstep.format.layout import Layout
 from everstep.format.manifest import Manifest, Place, state_of_parts
 from everstep.format.record import HeadRecord, Number, Origin, SnapshotRecord
@@ -151,7 +151,7 @@ class Writer:
         self._first = True
         """Whether a former writer of the branch may not be fenced yet."""
         self._described: Described | None = None
-        self._earlier: deque[_Earlier] = deque(maxlen=MEMORIES)
+        self._earlier: deque[Earlier] = deque(maxlen=MEMORIES)
         self._stored: _Stored | None = None
         """The last part of `store_part`, without its memory."""
         self._dropped = False
@@ -273,6 +273,8 @@ class Writer:
         memory = self._store_chunks(draft, captured)
         stored = self._clock()
         manifest = self._describe(draft.layout).manifest(draft, captured.values, rank, ranks)
+        if ranks == 1:
+            _refuse_unreadable(manifest)
         name, made = self._put_manifest(manifest)
         draft.cpu_s += self._thread_clock() - computed
         costs = {"store": (stored - begun) * 1e3, "manifest": (self._clock() - stored) * 1e3}
@@ -348,7 +350,7 @@ class Writer:
         return Before(recent, here, there)
 
     def _remember(self, memory: memoryview, draft: Draft, manifest: Manifest) -> None:
-        earlier = _Earlier.of(memory, draft, manifest)
+        earlier = Earlier.of(memory, draft, manifest)
         if earlier is not None:
             self._earlier.append(earlier)
 
@@ -398,7 +400,8 @@ class Writer:
             self._forget_gone(there)
             gone = relied - names - there
             taken |= gone if not several else self._lost(parts, gone, there)
-            taken |= {name for name in relied & names if not exists(self.chain.store, keys.manifest(name))}
+            found = set(map(keys.manifest, relied & names))
+            taken |= {key.rpartition("/")[2] for key in missing(self.chain.store, keys.MANIFESTS, found)}
         if taken:
             raise _Pruned(taken)
         self._dropped = False
@@ -520,57 +523,20 @@ def _format(parts: Sequence[Part]) -> int:
     return manifests.SEVERAL if len(parts) > 1 else manifests.FORMAT
 
 
+def _refuse_unreadable(manifest: Manifest) -> None:
+    """Slices that leave a hole in a leaf could not be read back: nothing is committed."""
+    try:
+        join([manifest])
+    except Damaged as error:
+        raise Mismatch(error.problem, kept="the head was not moved") from error
+
+
 def _shares_pruned(facts: Facts) -> Unavailable:
     return Unavailable(
         f"the snapshot of step {facts.step} shares chunks with one that was pruned meanwhile",
         kept="those before it are intact",
         next="nothing: the next snapshot does without them",
     )
-
-
-@dataclass(frozen=True)
-class _Earlier:
-    """A state that was written, and the memory that it lay in, which may hold another by now or be no more:
-    it is not kept alive for this."""
-
-    layout: Layout
-    manifest: Manifest
-    digests: list[list[str]]
-    owner: weakref.ref[Any]
-    start: int
-
-    @classmethod
-    def of(cls, memory: memoryview, draft: Draft, manifest: Manifest) -> _Earlier | None:
-        try:
-            owner = weakref.ref(memory.obj)
-        except TypeError:
-            # A bytearray, say, of which nobody could tell whether it is still there.
-            return None
-        return cls(draft.layout, manifest, draft.digests, owner, _start(memory))
-
-    def is_at(self, memory: memoryview) -> bool:
-        return self.owner() is memory.obj and self.start == _start(memory)
-
-    def memory(self) -> memoryview | None:
-        """The memory, if it is still there."""
-        owner = self.owner()
-        try:
-            whole = None if owner is None else memoryview(owner).cast("B")
-        except ValueError:
-            # A mapping that was closed.
-            return None
-        end = self.start + self.layout.arena_bytes
-        return whole[self.start : end] if whole is not None and len(whole) >= end else None
-
-
-def _start(memory: memoryview) -> int:
-    """Where a view begins in the object that it is a view of."""
-    import numpy as np
-
-    whole = memoryview(memory.obj).cast("B")
-    if not len(memory):
-        return 0
-    return int(np.frombuffer(memory, np.uint8).ctypes.data - np.frombuffer(whole, np.uint8).ctypes.data)
 
 
 def _salted(manifest: Manifest) -> Manifest:
