@@ -58,7 +58,9 @@ class Ranks:
     def world(self, rank: int) -> World:
         return self.meeting.world(rank)
 
-    def collect(self, *, anew: bool = True, position: Any = None) -> list[Collected]:
+    def collect(
+        self, *, anew: bool = True, position: Any = None, gradients: Sequence[str] = ()
+    ) -> list[Collected]:
         self.looks += anew
         key = str(self.looks) if anew else ""
 
@@ -67,15 +69,16 @@ class Ranks:
                 self.objects[rank],
                 position=position,
                 progress={"step": 7, "epoch": 1},
+                gradients=gradients,
                 anew=key,
             )
 
         return together(len(self.objects), look)
 
-    def stored(self, *, anew: bool = True, position: Any = None) -> list[Stored]:
+    def stored(self, *, anew: bool = True, **options: Any) -> list[Stored]:
         """The part of each rank of a snapshot."""
         ranks = len(self.objects)
-        collected = self.collect(anew=anew, position=position)
+        collected = self.collect(anew=anew, **options)
         assert all(one.fits for one in collected)
         return [part_of(one, rank, ranks) for rank, one in enumerate(collected)]
 

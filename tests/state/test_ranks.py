@@ -4,20 +4,29 @@ own."""
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import zstandard
 from ranks import Ranks
 from stored import Stored, joined, part_of, stored
 from torch import nn
 
-from everstep.errors import Mismatch
+from everstep.errors import Damaged, Mismatch, Unavailable
+from everstep.state import rng
 from everstep.state.capture import Capturer
+from everstep.state.collecting import Collector
 from everstep.state.lazy import LazyState
 from everstep.state.objects import named
 from everstep.state.restore import restore
 from everstep.state.sharing import have_parted
+from everstep.state.world import World
+
+compress = zstandard.ZstdCompressor().compress
+BOMB = compress(bytes(80_000_000))
 
 
 def training(rank: int, steps: int = 2, width: int = 40) -> dict[str, Any]:
@@ -206,6 +215,33 @@ def test_a_leaf_that_nobody_was_told_of_is_no_part_of_a_snapshot() -> None:
     assert all(one.fits for one in ranks.collect())
 
 
+def test_a_rank_that_did_not_come_leaves_the_others_alone() -> None:
+    """Some may have found out what others have not: then what they write does not belong together."""
+    ranks = Ranks([named(training(0)) for _ in range(2)])
+    before = ranks.collect()
+    ranks.meeting.deadline_s = 0.0
+    with pytest.raises(Unavailable, match="ranks 1 have not shared"):
+        ranks.collectors[0].collect(ranks.objects[0], position=None, progress={}, anew="late")
+    ranks.meeting.deadline_s = 60.0
+    looks = ranks.collect(anew=False)
+    assert [one.fits for one in looks] == [False, True]
+    again = ranks.collect()
+    assert all(one.fits for one in again)
+    assert not have_parted([one.watch.now() for one in again])
+    assert have_parted([before[0].watch.now(), again[1].watch.now()])
+
+
+@pytest.mark.parametrize("answer", [b"", b"nothing of the kind", compress(b"\x01" * 20), BOMB])
+def test_what_a_rank_cannot_mean_is_refused(answer: bytes) -> None:
+    class Babel:
+        def share(self, key: str, mine: bytes) -> list[bytes]:
+            return [mine, answer]
+
+    collector = Collector(World(0, 2, Babel()))
+    with pytest.raises(Damaged, match="a rank says"):
+        collector.collect(named(training(0)), position=None, progress={}, anew="1")
+
+
 def test_a_list_that_grows_needs_nobody_to_be_told() -> None:
     ranks = Ranks([named(training(0)) for _ in range(2)])
     ranks.collect()
@@ -246,7 +282,7 @@ def test_stages_have_leaves_of_their_own() -> None:
     parts = Ranks([named(one) for one in saved]).stored()
     whole = joined(parts)
     assert not any(leaf.name.startswith("~rank/0/model") for leaf in whole.manifest.leaves)
-    for cut in ([(0,), (1, 2), (3,)], [(0, 1, 2), (3,)]):
+    for cut in ([(0,), (1, 2), (3,)], [(0, 1, 2), (3,)], [(2, 3), (0, 1)]):
         live = Ranks([named(stage(*numbers)) for numbers in cut])
         live.restore(parts)
         for objects, numbers in zip(live.objects, cut, strict=True):
@@ -259,6 +295,64 @@ def test_stages_have_leaves_of_their_own() -> None:
                     assert torch.equal(mine, theirs)
                     for name, value in of["optimizer"].state[theirs].items():
                         assert torch.equal(optimizer.state[mine][name], value)
+
+
+def test_what_only_one_rank_has_is_not_given_to_others() -> None:
+    saved = [{"notes": {"all": 1, str(rank): torch.full((2,), float(rank))}} for rank in range(2)]
+    parts = Ranks([named(one) for one in saved]).stored()
+    live: list[dict[str, Any]] = [{"notes": {}}, {"notes": {"9": 9}}]
+    Ranks([named(one) for one in live]).restore(parts)
+    assert equal(live, saved)
+
+
+def test_an_object_that_is_not_given_is_missed_on_as_many_ranks_and_on_others() -> None:
+    parts = Ranks([named(training(rank)) for rank in range(2)]).stored()
+    for ranks in (2, 3):
+        live = [{name: one for name, one in blank(0).items() if name != "optimizer"} for _ in range(ranks)]
+        with pytest.raises(Mismatch, match="the snapshot holds optimizer, which is not given"):
+            Ranks([named(one) for one in live]).restore(parts)
+
+
+def test_an_accumulation_goes_on_where_it_was_and_is_dropped_by_others() -> None:
+    def accumulating(rank: int) -> dict[str, Any]:
+        made = training(rank)
+        for one in made["optimizer"].param_groups[0]["params"]:
+            one.grad = torch.full_like(one, float(rank))
+        return made
+
+    ranks = Ranks([named(accumulating(rank)) for rank in range(2)])
+    parts = ranks.stored(gradients=["optimizer"])
+    live = Ranks([named(blank(0)) for _ in range(2)])
+    live.restore(parts)
+    for rank, objects in enumerate(live.objects):
+        model: Any = objects["model"]
+        assert model[0].weight.grad.unique().tolist() == [float(rank)]
+    (back, *_) = Ranks([named(blank(0)) for _ in range(3)]).restore(parts)
+    assert back.approximate == [
+        "world size 2 -> 3",
+        "the gradients that optimizer had accumulated are dropped",
+    ]
+
+
+def test_generators_of_new_ranks_are_each_their_own_and_always_the_same() -> None:
+    parts = Ranks([named(training(rank)) for rank in range(2)]).stored()
+
+    def draws() -> list[float]:
+        live = Ranks([named(blank(0)) for _ in range(5)])
+        found = []
+        for back, objects in zip(live.restore(parts), live.objects, strict=True):
+            generator: Any = objects["generator"]
+            with rng.aside():
+                assert rng.restore(back.rng) == []
+                drawn = [float(torch.rand(())), random.random(), float(np.random.rand())]
+            found += [*drawn, float(torch.rand((), generator=generator))]
+        return found
+
+    first = draws()
+    # Those of the ranks that were there are what they were: the processes' own is one, in these tests.
+    assert len(set(first[8:])) == 12
+    assert not set(first[:8]) & set(first[8:])
+    assert draws() == first
 
 
 def test_a_snapshot_of_many_is_looked_into_as_one() -> None:

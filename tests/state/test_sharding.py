@@ -32,7 +32,7 @@ def _world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small tensors are cut and coalesced as large ones are."""
     monkeypatch.setattr(spreading, "SMALL_BYTES", 64)
     monkeypatch.setattr(spreading, "SLIVER_BYTES", 8)
-    monkeypatch.setattr(leaves, "STRETCH_BYTES", 24)
+    monkeypatch.setattr(leaves, "STRETCH_BYTES", 40)
     monkeypatch.setattr(leaves, "STAGE_BYTES", 256)
     with nobody():
         yield
@@ -242,18 +242,22 @@ def test_a_mesh_of_some_ranks_only() -> None:
         assert torch.equal(found["w"].to_local(), half + rank // 2)
 
 
-def test_what_is_wanted_of_columns_is_read_in_bounded_stages() -> None:
-    """Rows stored, columns wanted: no more memory than the stages, and no part of a chunk for each
-    element."""
-    one = torch.arange(64 * 64, dtype=torch.int32).view(64, 64)
+def test_columns_of_rows_are_read_in_bounded_stages() -> None:
+    """Rows stored, columns wanted: each chunk is read about once, and no more at once than a stage holds."""
+    one = torch.arange(128 * 64, dtype=torch.int32).view(128, 64)
     rows = [{"model": Holder({"w": sharded(one, mesh_of((4,)), (Shard(0),), rank)})} for rank in range(4)]
     parts = Ranks(rows).stored()
-    columns = [
-        {"model": Holder({"w": sharded(one * 0, mesh_of((8,)), (Shard(1),), rank)})} for rank in range(8)
-    ]
-    whole_state = joined(parts)
-    whole_state.reads.clear()
-    Ranks(columns).restore(parts)
-    for rank, found in enumerate(columns):
-        module: Any = found["model"]
-        assert torch.equal(module.w.to_local(), one[:, rank * 8 : rank * 8 + 8])
+    for rank in range(8):
+        snapshot = joined(parts)
+        columns = sharded(one * 0, mesh_of((8,)), (Shard(1),), rank)
+        leaves.read(snapshot.manifest, snapshot.fill, {"model/w": columns}, rank=rank)
+        assert torch.equal(columns.to_local(), one[:, rank * 8 : rank * 8 + 8])
+        assert max(size for _, _, size in snapshot.reads) <= snapshot.manifest.grid_bytes
+        assert snapshot.read_bytes <= one.nbytes
+        assert len(snapshot.reads) <= 2 * one.nbytes // snapshot.manifest.grid_bytes
+    # What lies in long stretches is read by itself: nothing but what is wanted.
+    snapshot = joined(parts)
+    halves = sharded(one * 0, mesh_of((2,)), (Shard(1),), 1)
+    leaves.read(snapshot.manifest, snapshot.fill, {"model/w": halves}, rank=1)
+    assert torch.equal(halves.to_local(), one[:, 32:])
+    assert snapshot.read_bytes == halves.to_local().nbytes

@@ -66,6 +66,12 @@ def test_a_large_one_is_cut_along_its_first_dimension_that_can_be() -> None:
     assert [box[0][1] for _, box in parts] == [0, 3, 6, 9]
 
 
+def test_what_rows_do_not_divide_does_not_add_up() -> None:
+    shares = dict.fromkeys(range(7), 62_720_000 / 7)
+    (parts,) = spread([(whole((64, 700, 700)), 2)], shares)
+    assert [box[1][0] for _, box in parts] == [9, 9, 9, 10, 9, 9, 9]
+
+
 def test_no_slivers() -> None:
     item = [(whole((10 * MB,)), 1)]
     (parts,) = spread(item, {0: 5.0 * MB - 10, 1: 5.0 * MB + 5, 2: 5.0})

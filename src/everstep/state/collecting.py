@@ -41,7 +41,7 @@ from everstep.state.world import World
 Row: TypeAlias = tuple[str, object, Any, object, Kin, str]
 """A leaf's name, dtype, shape and device, its kin, and the first leaf with the same memory."""
 
-NOT_WATCHED = Watch([])
+NOT_WATCHED = Watch()
 
 
 @dataclass(frozen=True)

@@ -87,16 +87,17 @@ class Holdings:
     """What a rank holds and writes, by name.
 
     Attributes:
-        watched: names of leaves by the ranks that hold their boxes together, and only where these have to
-            be told whether the contents are still the same.
+        watched: names of leaves by the ranks that hold their boxes together, where it has to be told whether
+            the contents are still the same.
         parted: leaves that were the same on all ranks once and are not any more.
-        found_out: False before anything was.
+        found: by which those are told apart that were found out at another time; empty before anything was,
+            and after a rank has not come.
     """
 
     held: Mapping[str, Held] = field(default_factory=dict)
     watched: Mapping[Holders, Sequence[str]] = field(default_factory=dict)
     parted: frozenset[str] = frozenset()
-    found_out: bool = False
+    found: bytes = b""
 
 
 def own_name(rank: int, name: str) -> str:
@@ -132,7 +133,8 @@ def find_out(world: World, key: str, offer: Offer, former: Holdings) -> Holdings
     }
     more = _share(world, f"{key}/leaves", mine, dict[str, _More])
     kinds = [kind for group in sorted(groups) for kind in _kinds(group, groups[group], world, offer, more)]
-    return _Deciding(world, kinds, former).holdings(offer)
+    found = _digest(msgspec.msgpack.encode((key, told)))
+    return _Deciding(world, kinds, former, found).holdings(offer)
 
 
 # -- the exchange ------------------------------------------------------------------------------------------
@@ -193,10 +195,13 @@ def _share(world: World, key: str, mine: object, kind: Any) -> list[Any]:
     for answer in answers:
         if answer not in known:
             try:
-                raw = zstandard.ZstdDecompressor().decompress(answer, max_output_size=_MAX_ANSWER_BYTES)
+                size_bytes = zstandard.get_frame_parameters(answer).content_size
+                if size_bytes > _MAX_ANSWER_BYTES:
+                    raise Damaged(f"a rank says {size_bytes} bytes of its leaves, which is too much")
+                raw = zstandard.ZstdDecompressor().decompress(answer, max_output_size=size_bytes)
                 known[answer] = decoder.decode(raw)
             except (zstandard.ZstdError, msgspec.MsgspecError) as error:
-                raise Damaged(f"what a rank says of its leaves cannot be understood: {error}") from error
+                raise Damaged(f"a rank says of its leaves what cannot be understood: {error}") from error
     return [known[answer] for answer in answers]
 
 
@@ -280,8 +285,9 @@ class _Decision:
 class _Deciding:
     """From what all ranks have said, the same for all, to what one of them writes."""
 
-    def __init__(self, world: World, kinds: Sequence[_Kind], former: Holdings) -> None:
+    def __init__(self, world: World, kinds: Sequence[_Kind], former: Holdings, found: bytes) -> None:
         self._world = world
+        self._found = found
         self._former = former
         self._variants: dict[str, list[_Variant]] = {}
         for kind in kinds:
@@ -325,7 +331,7 @@ class _Deciding:
                 for holders in dict.fromkeys(decided.holders[box] for box in boxes):
                     if len(holders) > 1:
                         watched[holders].append(row.name)
-        return Holdings(held, dict(watched), frozenset(parted), found_out=True)
+        return Holdings(held, dict(watched), frozenset(parted), self._found)
 
     def _were_the_same(self, name: str) -> bool:
         former = self._former.held.get(name)

@@ -74,7 +74,8 @@ def numbered(
         found: set[int] = set()
         first = number
         for short, full in parameters:
-            key = keys.get(full, keys.get(short, number if not full else None))
+            nameless = not full or (number < len(of_numbers) and not of_numbers[number])
+            key = keys.get(full, keys.get(short, number if nameless else None))
             if key in saved["state"]:
                 state[number] = saved["state"][key]
             elif key not in group_of and saved["state"]:

@@ -88,8 +88,10 @@ class Sharing:
             sorts: theirs.
         """
         made = offer(told, sorts, self._restless | self._holdings.parted, self._world)
-        self._holdings = find_out(self._world, key, made, self._holdings)
+        # Until it is found out: others may have found it out although this rank has not.
+        former, self._holdings = self._holdings, replace(self._holdings, found=b"")
         self._lasting = None
+        self._holdings = find_out(self._world, key, made, former)
 
     def written(self, told: Mapping[str, Leaves], sorts: Sorts, steady: Collection[str]) -> Written:
         """What this rank writes. Does not block.
@@ -110,8 +112,9 @@ class Sharing:
                     passing[leaf] = tensor
                     made.add(leaf, tensor, is_steady=name in steady)
         self._restless.update(made.restless)
-        watch = Watch([*known.watched, *_watched(self._holdings, passing, sorts)])
-        fits = self._holdings.found_out and made.fits
+        found = self._holdings.found
+        watch = Watch([*known.watched, *_watched(self._holdings, passing, sorts)], found)
+        fits = bool(found) and made.fits
         return Written(made.leaves, made.places, known.translated, made.names, fits, watch)
 
     def _begin(self, told: Mapping[str, Leaves], sorts: Sorts) -> _Lasting:
@@ -306,8 +309,9 @@ def _anywhere(device: torch.device) -> AbstractContextManager[None]:
 class Watch:
     """Looks at a few elements of what several ranks hold, at the moment that a snapshot is of."""
 
-    def __init__(self, watched: Sequence[_Watched]) -> None:
+    def __init__(self, watched: Sequence[_Watched] = (), found: bytes = b"") -> None:
         self._watched = watched
+        self._found = found
 
     def look(self, *, late: bool, where: Where = _anywhere) -> None:
         """Take what changes only with an optimizer's step, or the rest. Does not wait for a device."""
@@ -317,15 +321,16 @@ class Watch:
                     one.samples.gather()
 
     def sample(self, where: Where = _anywhere) -> bytes:
-        """A digest for each group of ranks that hold something together; see `have_parted`. Blocks until
-        devices have done what `look` asked for."""
+        """When it was found out who holds what, and a digest for each group of ranks that hold something
+        together; see `have_parted`. Blocks until devices have done what `look` asked for."""
         found: dict[Holders, dict[str, bytes]] = defaultdict(dict)
         for one in self._watched:
             with where(one.device):
                 taken = one.samples.taken()
             found[one.holders].update(zip(one.names, one.samples.each(taken), strict=True))
         # By name: which are remembered, or on which device, may differ from rank to rank.
-        return b"".join(
+        since = _group_id(()) + self._found[:_DIGEST_BYTES] if self._found else b""
+        return since + b"".join(
             _group_id(holders) + blake3(repr(sorted(few.items())).encode()).digest(_DIGEST_BYTES)
             for holders, few in sorted(found.items())
         )
@@ -342,8 +347,9 @@ def _group_id(holders: Holders) -> bytes:
 
 
 def have_parted(samples: Sequence[bytes]) -> bool:
-    """Whether what ranks held alike is not alike any more: given the samples of all, taken at one step.
-    Then no snapshot may be made of their parts, and all have to find out anew."""
+    """Whether what ranks held alike is not alike any more, or some have found out anew who holds what and
+    others not: given the samples of all, taken at one step. Then no snapshot may be made of their parts, and
+    all have to find out anew."""
     known: dict[bytes, bytes] = {}
     size = 2 * _DIGEST_BYTES
     for sample in samples:

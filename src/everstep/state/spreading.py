@@ -90,7 +90,8 @@ def _cut(box: Box, size_bytes: int, ranks: list[int], left: dict[int, float]) ->
             left[ranks[0]] -= wanted * row_bytes
             first += wanted
         if len(ranks) > 1 and (first < rows or left[ranks[0]] < SLIVER_BYTES):
-            ranks.pop(0)
+            # What it was short of, or had too much, is made up for by the next: so it does not add up.
+            left[ranks[1]] += left[ranks.pop(0)]
     return parts
 
 
