@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import Boxed, load, mesh, numbered, save
 
 from everstep import dcp
 from everstep.chain.history import Chain
@@ -15,7 +16,6 @@ from everstep.errors import Unavailable
 from everstep.integrations.dcp import saving
 from everstep.store.memory import MemoryStore
 from everstep.testing.faults import Died, FaultyStore
-from ranks import Boxed, load, mesh, numbered, save
 
 GRID_BYTES = 4096
 RANKS = 2

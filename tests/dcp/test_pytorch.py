@@ -37,7 +37,6 @@ TEST_S = 300
 OVERWRITES = (
     "a save overwrites nothing, but is the chain's next snapshot: there is no overwrite=False to refuse"
 )
-GPUS = "needs GPUs (it skips itself, or makes tensors that only they have)"
 
 FILES: dict[str, dict[str, str]] = {
     "test_file_system_checkpoint_cpu.py": {},

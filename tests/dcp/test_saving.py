@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
+from by_hand import Boxed, load, mesh, numbered, save
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -31,7 +32,6 @@ from everstep.format import keys, record
 from everstep.format.record import LeaseRecord
 from everstep.integrations.dcp import saving
 from everstep.store.memory import MemoryStore
-from ranks import Boxed, load, mesh, numbered, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

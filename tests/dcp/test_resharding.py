@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import Boxed, load, mesh, numbered, save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
@@ -18,7 +19,6 @@ from everstep.integrations.dcp import waves
 from everstep.integrations.dcp.planning import spread
 from everstep.store.memory import MemoryStore
 from examples import examples
-from ranks import Boxed, load, mesh, numbered, save
 
 GRID_BYTES = 4096
 DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.complex64]
