@@ -43,7 +43,7 @@ class SavePlanner(DefaultSavePlanner):
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         if not hasattr(DefaultSavePlanner, "_dedup_save_plans") and not self.dedup_save_to_lowest_rank:
-            # Before torch 2.8 there was no such method, and no cache: what is spread has no duplicates.
+            # Older releases of torch have no such method, and no cache: what is spread has no duplicates.
             all_plans = spread(all_plans)
         return super().create_global_plan(all_plans)
 
