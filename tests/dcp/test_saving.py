@@ -305,6 +305,14 @@ def test_what_all_ranks_hold_is_written_once_and_by_all(tmp_path: Path) -> None:
     assert torch.equal(there["large"], large)
 
 
+def test_what_has_only_the_name_in_common_is_the_lowest_ranks(tmp_path: Path) -> None:
+    states = [{"x": torch.rand(900 + rank, 700)} for rank in range(2)]
+    save(states, [dcp.Writer(tmp_path / "c") for _ in states], dcp.SavePlanner)
+    there = {"x": torch.zeros(900, 700)}
+    load([there], [dcp.Reader(tmp_path / "c")])
+    assert torch.equal(there["x"], states[0]["x"])
+
+
 def test_the_lowest_rank_alone_where_that_is_asked_for(tmp_path: Path) -> None:
     states = [{"large": torch.rand(2000, 700)} for _ in range(2)]
     save(

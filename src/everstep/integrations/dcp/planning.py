@@ -98,8 +98,10 @@ def spread(plans: Sequence[SavePlan]) -> list[SavePlan]:
     found: dict[MetadataIndex, WriteItem] = {}
     for rank, plan in enumerate(plans):
         for item in plan.items:
-            found.setdefault(item.index, item)
-            if rank not in ranks[item.index]:
+            first = found.setdefault(item.index, item)
+            # Of what has only the name in common one is written, as by torch's own planner: the lowest rank's.
+            same = (_box(first), _item_bytes(first)) == (_box(item), _item_bytes(item))
+            if same and rank not in ranks[item.index]:
                 ranks[item.index].append(rank)
     groups: dict[tuple[int, ...], list[WriteItem]] = defaultdict(list)
     for index, mine in ranks.items():
