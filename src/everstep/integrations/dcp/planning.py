@@ -99,7 +99,7 @@ def spread(plans: Sequence[SavePlan]) -> list[SavePlan]:
     for rank, plan in enumerate(plans):
         for item in plan.items:
             first = found.setdefault(item.index, item)
-            # Of what has only the name in common one is written, as by torch's own planner: the lowest rank's.
+            # Of what has only the name in common one is written, as by torch's planner: the lowest rank's.
             same = (_box(first), _item_bytes(first)) == (_box(item), _item_bytes(item))
             if same and rank not in ranks[item.index]:
                 ranks[item.index].append(rank)
