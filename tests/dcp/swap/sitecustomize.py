@@ -4,6 +4,7 @@ children too, whose interpreters import this before anything else. Does nothing 
 EVERSTEP_TEST_SWAP     "everstep": swap them; "none": leave them, to see what passes without.
 """
 
+import importlib
 import importlib.machinery
 import os
 import sys
@@ -14,6 +15,8 @@ def _swap_classes():
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import _storage_utils, filesystem
 
+    # What inherits from torch's own classes goes on doing so.
+    importlib.import_module("torch.distributed.checkpoint._fsspec_filesystem")
     for module in (dcp, filesystem, _storage_utils):
         module.FileSystemWriter = swapped.FileSystemWriter
         module.FileSystemReader = swapped.FileSystemReader

@@ -6,9 +6,14 @@ import os
 import everstep
 
 
+def _chain_in(path):
+    """Some tests have files of their own in the directory, and a chain has a place for itself."""
+    return os.path.join(os.fspath(path), "chain")
+
+
 class FileSystemWriter(everstep.dcp.Writer):
     def __init__(self, path, *args, **kwargs):
-        super().__init__(path)
+        super().__init__(_chain_in(path))
 
     @property
     def path(self):
@@ -16,7 +21,7 @@ class FileSystemWriter(everstep.dcp.Writer):
 
     def reset(self, checkpoint_id=None):
         if checkpoint_id is not None:
-            self._place = os.fspath(checkpoint_id)
+            self._place = _chain_in(checkpoint_id)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id):
@@ -25,7 +30,7 @@ class FileSystemWriter(everstep.dcp.Writer):
 
 class FileSystemReader(everstep.dcp.Reader):
     def __init__(self, path, *args, **kwargs):
-        super().__init__(path)
+        super().__init__(_chain_in(path))
 
     @property
     def path(self):
@@ -33,7 +38,7 @@ class FileSystemReader(everstep.dcp.Reader):
 
     def reset(self, checkpoint_id=None):
         if checkpoint_id is not None:
-            self._place = os.fspath(checkpoint_id)
+            self._place = _chain_in(checkpoint_id)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id):
