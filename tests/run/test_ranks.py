@@ -251,6 +251,7 @@ class TestProcesses:
                     one.said()
                 except BrokenPipeError:
                     one.process.wait(100)
+        print([one.ended() for one in job.ranks])
         assert [one.process.returncode for one in job.ranks] == [143, 143]
         head = Chain(job.repo).find("head")
         assert head.record.trigger == "SIGTERM"
