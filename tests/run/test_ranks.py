@@ -1,4 +1,4 @@
-"""Runs of several ranks, each a real process; killed, frozen, asked to stop, started again in other numbers."""
+"""Several ranks, each a real process: killed, frozen, asked to stop, started again in other numbers."""
 
 from __future__ import annotations
 
