@@ -43,11 +43,15 @@ for line in sys.stdin:
     if word == "take":
         pending = run.take()
         print("asked", flush=True)
+    elif word == "begun":
+        print("begun", pending.begun, flush=True)
     elif word == "durable":
         print("durable", pending.durable(100) and pending.snapshot.id, flush=True)
     elif word == "digest":
         state = torch.cat([one.detach().flatten() for one in model.parameters()])
         print("digest", state.sum().item().hex(), torch.rand(1).item().hex(), flush=True)
+    elif word == "rollback":
+        print("back", run.rollback().to_step, flush=True)
     elif word == "close":
         run.close()
         print("closed", flush=True)
@@ -127,15 +131,16 @@ class Job:
 
     def take(self) -> str:
         """A snapshot that rank 0 asks for, durable."""
-        self.ranks[0].say("take")
-        assert self.ranks[0].said() == ["asked"]
-        before = self.head()
-        deadline = iter(range(1000))
-        while self.head() == before:
-            next(deadline)
+        first = self.ranks[0]
+        first.say("take")
+        assert first.said() == ["asked"]
+        said: list[str] = []
+        while said != ["begun", "True"]:
             self.step()
-        self.ranks[0].say("durable")
-        (_, id) = self.ranks[0].said()
+            first.say("begun")
+            said = first.said()
+        first.say("durable")
+        (_, id) = first.said()
         return id
 
     def head(self) -> str:
@@ -257,6 +262,18 @@ class TestProcesses:
         assert len(head.record.manifests) == 2
         job.end()
         assert job.start(2) == [head.step] * 2
+
+    def test_all_go_back_together(self, job: Job) -> None:
+        job.start(2)
+        job.step()
+        id = job.take()
+        step = Chain(job.repo).snapshot(id).step
+        job.step(3)
+        assert job.all("rollback") == [["back", str(step)]] * 2
+        job.step(2)
+        assert job.take() != id
+        assert job.all("close") == [["closed"]] * 2
+        assert verify(Chain(job.repo)).findings == []
 
     def test_another_state_on_one_rank_is_refused_on_all(self, job: Job, tmp_path: Path) -> None:
         job.start(1)
