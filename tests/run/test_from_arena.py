@@ -18,7 +18,8 @@ from everstep.events import Event
 from everstep.format import keys
 from everstep.format.chunk import aligned
 from everstep.keeper.base import Held
-from everstep.run.resume import Resumption, bring_back
+from everstep.run.resume import Restore, Resumption, bring_back, restored
+from everstep.state.world import World
 from everstep.store.local import LocalStore
 
 pytestmark = pytest.mark.slow
@@ -68,13 +69,16 @@ def arena_of(chain: Chain, ref: str = "head") -> bytearray:
     return arena
 
 
+def into(live: nn.Module, held: list[Held]) -> Restore:
+    return lambda chain, snapshot: restored(chain, snapshot, {"model": live}, True, held, World.alone())
+
+
 def brought_back(
     chain: Chain, live: nn.Module, held: list[Held], events: list[Event] | None = None
 ) -> Resumption:
     told: list[Event] = []
-    back = bring_back(
-        chain, "must", "main", {"model": live}, True, (told if events is None else events).append, held
-    )
+    emit = (told if events is None else events).append
+    back = bring_back(chain, "must", "main", into(live, held), emit)
     assert back is not None
     return back
 
@@ -152,6 +156,4 @@ def test_damage_in_both_is_damage(chain: Chain, tmp_path: Path) -> None:
     assert [type(event).__name__ for event in events] == ["Skipped"]
     assert equal(live, net(0))
     with pytest.raises(Damaged):
-        bring_back(
-            chain, "head", "main", {"model": live}, True, events.append, [Held(newest.id, memoryview(arena))]
-        )
+        bring_back(chain, "head", "main", into(live, [Held(newest.id, memoryview(arena))]), events.append)

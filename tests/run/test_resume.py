@@ -295,8 +295,8 @@ def test_a_path_that_is_something_else(tmp_path: Path) -> None:
 
 def test_a_newer_format(tmp_path: Path) -> None:
     store = MemoryStore()
-    store.put(keys.CHAIN, [record.seal(ChainRecord(chain="00" * 16, created_at="", format=3))])
-    with pytest.raises(Unsupported, match="format 3"):
+    store.put(keys.CHAIN, [record.seal(ChainRecord(chain="00" * 16, created_at="", format=4))])
+    with pytest.raises(Unsupported, match="format 4"):
         Training().open(store)
 
 

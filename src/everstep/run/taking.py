@@ -241,6 +241,10 @@ class Taking:
     def _agreed(self, job: Job, why: str) -> None:
         if why:
             self._emit(Failed(job.facts.step, why))
+            self._journals.extend(job.journals)
+            if self.taken_step == job.facts.step:
+                self.taken_step = None
+            self.again = True
             self._withdrawn.add(job)
             self._keeper.drop(job)
         else:
@@ -327,6 +331,8 @@ class Taking:
         memory = self._memory.pop(job, None)
         if job in self._withdrawn:
             self._withdrawn.remove(job)
+            if memory is not None:
+                self._useless.append(memory)
             return
         if outcome.snapshot is None and outcome.error is None:
             return  # A rank's part of one: rank 0 says what becomes of it.
