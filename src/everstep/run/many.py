@@ -343,15 +343,14 @@ class RunOfMany(Run):
         self._fits = self._fits and not became.parted
         self._lacking = self._lacking or bool(became.problem)
         pending = self._takes.pop(became.number, None)
-        if self._together.leads:
+        if became.problem and not self._together.leads:
+            self._taking.taken_step = None
+        if pending is None or pending.settled(0):
             return
         if became.problem:
-            self._taking.taken_step = None
-            if pending is not None:
-                pending.finish(
-                    None, Unavailable(f"rank 0: {became.problem}", kept="the snapshots before it are intact")
-                )
-        elif pending is not None:
+            kept = "the snapshots before it are intact"
+            pending.finish(None, Unavailable(f"rank 0: {became.problem}", kept=kept))
+        elif not self._together.leads:  # There its keeper says so.
             pending.finish(Snapshot(became.snapshot, record.decode(became.record, SnapshotRecord)))
 
     # -- ending -------------------------------------------------------------------------------------------
