@@ -80,6 +80,13 @@ def test_each_gives_something_and_all_get_all(three: Ranks) -> None:
     assert three.results(lambda one: one.link.share("other", b"")) == [[b"", b"", b""]] * 3
 
 
+def test_who_trains_does_not_wait_for_long(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("everstep.run.ranks.together.END_S", 0.1)
+    ranks = Ranks(store, 2)
+    with pytest.raises(Unavailable, match="rank 0 of 2 did not answer for 0 s"):
+        ranks.each[1].share("the first step/groups", b"")
+
+
 def test_rank_0_leads(three: Ranks) -> None:
     assert three.results(lambda one: one.led(lambda: f"by {one.rank}".encode())) == [b"by 0"] * 3
 

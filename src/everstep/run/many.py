@@ -101,7 +101,7 @@ class RunOfMany(Run):
             clock=clock,
             chains=chains,
             ranks=ranks,
-            world=World(ranks.rank, ranks.ranks, ranks.link),
+            world=World(ranks.rank, ranks.ranks, ranks),
         )
 
     # -- opening ------------------------------------------------------------------------------------------

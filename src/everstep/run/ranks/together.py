@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 _SOFT = ("Damaged", "NotFound")
 
 END_S = 60.0
-"""A rank that ends waits no longer for the others: they may have failed."""
+"""A rank that trains, or ends, waits no longer for the others: they may have failed."""
 
 LATE_OF_HOLD = 0.75
 """The hub gives up on a promise before ranks give up on its decision."""
@@ -228,6 +228,11 @@ class Together:
             return None
         number = LAST + max(one.newest for one in found)
         return Due(number, Wish("close", wait=True), not all(one.fits for one in found))
+
+    def share(self, key: str, mine: bytes) -> list[bytes]:
+        """What each rank gives while it trains, in order (`state.world.Exchange`). Blocks until all have, a
+        minute at most. Raises Unavailable where some have not."""
+        return self.link.share(key, mine, min(self.patience.wait_s, END_S))
 
     def samples(self, number: int, mine: bytes) -> list[bytes]:
         """What all ranks say of take `number`, for rank 0, which blocks until they have; the others get only
