@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from bench.ranks import PAGE, Job, Setting, sizes
 
 from everstep.format import manifest, record
+
+pytestmark = pytest.mark.slow
 
 RANKS = 4096
 

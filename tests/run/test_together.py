@@ -21,6 +21,8 @@ from everstep.run.ranks.link import Job, job_of_many
 from everstep.run.ranks.messages import Became, Wish
 from everstep.run.ranks.together import LAST, Alone, Patience, Together
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = Patience(wait_s=60, hold_s=60)
 SHORT = Patience(wait_s=0.3, hold_s=0.1)
 
