@@ -260,6 +260,21 @@ def test_a_rank_that_died_while_it_spoke_holds_nobody_up(store: Any, monkeypatch
     _end_all(ranks.each)
 
 
+def test_one_timer_looks_after_all_that_rank_0_says(store: Any) -> None:
+    def timers() -> int:
+        return sum(thread.name == "everstep-late" for thread in threading.enumerate())
+
+    before = timers()
+    ranks = Ranks(store, 2)
+    heard: list[Became] = []
+    ranks.results(lambda one: one.start(0, lambda: True, lambda: True, heard.append, lambda text: None))
+    for number in range(50):
+        ranks.each[0].became(Became(number, "a" * 64))
+    until(lambda: len(heard) == 100, "both have heard all")
+    assert timers() <= before + 1
+    _end_all(ranks.each)
+
+
 def test_alone_nothing_is_waited_for() -> None:
     alone = Alone()
     assert alone.led(lambda: b"x") == b"x"

@@ -232,6 +232,11 @@ class Talk:
         self._hub = Hub(job.ranks) if job.rank == 0 else None
         self._serving = 0
         """The number of the request that the hub waits for."""
+        self._said = 0
+        """The number of rank 0's own newest request."""
+        self._watched = False
+        """Whether somebody looks whether the hub comes to that."""
+        self._watching = threading.Lock()
         targets: list[tuple[str, Callable[[KeyStore], None]]] = [
             ("say", self._say_all),
             ("hear", self._hear_all),
@@ -306,7 +311,7 @@ class Talk:
             number = store.add(f"{self._prefix}/n", 1)
             store.set(f"{self._prefix}/r/{number}", messages.encode(request))
             if self._hub is not None:
-                _later(STUCK_S, partial(self._look_after, number))
+                self._watch(number)
 
     def _hear_all(self, store: KeyStore) -> None:
         number = 0
@@ -347,22 +352,33 @@ class Talk:
     def _set_alarm(self, number: int) -> None:
         _later(self._late_s, lambda: self.post(Late(number)))
 
-    def _look_after(self, number: int) -> None:
+    def _watch(self, number: int) -> None:
         """A rank that died between taking a number for its request and making it has left a gap, at which the
-        hub would wait for ever. Rank 0's own requests, this one, tell of it."""
-        at = self._serving
-        if at <= number and not self._ended.is_set():
-            _later(STUCK_S, lambda: self._fill_gap(at, number))
+        hub would wait for ever. That the hub does not come to rank 0's own requests, this one, tells of it.
+        One timer looks after all of them."""
+        with self._watching:
+            self._said = number
+            if not self._watched:
+                self._watched = True
+                _later(STUCK_S, partial(self._look, -1))
 
-    def _fill_gap(self, at: int, number: int) -> None:
-        if at != self._serving or self._ended.is_set():
-            return
+    def _look(self, before: int) -> None:
+        """`before` is what the hub waited for at the last look."""
+        with self._watching:
+            at = self._serving
+            self._watched = at <= self._said and not self._ended.is_set()
+            if not self._watched:
+                return
+        if at == before:
+            self._fill_gap(at)
+        _later(STUCK_S, partial(self._look, at))
+
+    def _fill_gap(self, at: int) -> None:
         with suppress(RuntimeError, ConnectionError):
             store = self._job.connect()
             key = f"{self._prefix}/r/{at}"
             if not store.check([key]):
                 store.set(key, messages.encode(Lost()))
-        self._look_after(number)
 
 
 def _later(seconds: float, action: Callable[[], None]) -> None:
