@@ -10,6 +10,7 @@ import msgspec
 
 from everstep import errors
 from everstep.errors import EverstepError, Unavailable
+from everstep.keeper.base import DEADLINE_S
 from everstep.run.ranks.agreement import HOLD_S, Agreement, Declined, Due
 from everstep.run.ranks.link import OPENED, WAIT_S, Job, Link, Talk, unique
 from everstep.run.ranks.messages import Became, Decide, Message, Propose, Wish
@@ -62,7 +63,7 @@ class Patience:
 
     wait_s: float = WAIT_S
     hold_s: float = HOLD_S
-    parts_s: float = 600.0
+    parts_s: float = DEADLINE_S
 
 
 class Ranks(Protocol):
