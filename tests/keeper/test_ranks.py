@@ -286,38 +286,40 @@ def test_damage_to_what_a_rank_told_costs_a_snapshot(store: Held, world: Callabl
     assert "cannot be read" in str(error)
 
 
+class Waiting:
+    """Rank 0 of two, whose other rank does not come."""
+
+    def __init__(self, store: Held) -> None:
+        self.now = 100.0
+        self.joins = joining.Joining(Chain(store), 2, 600.0, lambda: self.now)
+        self.done = threading.Event()
+        self._told: list[Exception | None] = []
+
+    def put(self) -> None:
+        self.joins.put(joining.Take("main", 1, 1), self._then)
+
+    def _then(self, found: list[parts.Part], error: Exception | None) -> None:
+        self._told.append(error)
+        self.done.set()
+
+    def assert_given_up(self) -> None:
+        assert self.done.wait(DEADLINE_S)
+        assert isinstance(self._told[0], Unavailable)
+        self.joins.close()
+
+
 def test_hurry_makes_the_deadline_come_sooner(store: Held) -> None:
-    now = [100.0]
-    told: list[Exception | None] = []
-    done = threading.Event()
-
-    def then(parts: list[object], error: Exception | None) -> None:
-        told.append(error)
-        done.set()
-
-    joins = joining.Joining(Chain(store), 2, 600.0, lambda: now[0])
-    joins.hurry()
-    joins.put(joining.Take("main", 1, 1), then)  # type: ignore[arg-type]
-    assert not done.wait(0.05)
-    now[0] += joining.HURRY_S
-    assert done.wait(DEADLINE_S)
-    assert isinstance(told[0], Unavailable)
-    joins.close()
+    waiting = Waiting(store)
+    waiting.joins.hurry()
+    waiting.put()
+    assert not waiting.done.wait(0.05)
+    waiting.now += joining.HURRY_S
+    waiting.assert_given_up()
 
 
 def test_hurry_that_is_over_before_the_wait_begins(store: Held) -> None:
-    now = [100.0]
-    told: list[Exception | None] = []
-    done = threading.Event()
-
-    def then(parts: list[object], error: Exception | None) -> None:
-        told.append(error)
-        done.set()
-
-    joins = joining.Joining(Chain(store), 2, 600.0, lambda: now[0])
-    joins.hurry()
-    now[0] += joining.HURRY_S
-    joins.put(joining.Take("main", 1, 1), then)  # type: ignore[arg-type]
-    assert done.wait(DEADLINE_S)
-    assert isinstance(told[0], Unavailable)
-    joins.close()
+    waiting = Waiting(store)
+    waiting.joins.hurry()
+    waiting.now += joining.HURRY_S
+    waiting.put()
+    waiting.assert_given_up()

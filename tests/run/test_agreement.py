@@ -97,6 +97,19 @@ class Job:
         for rank in self.ranks:
             rank.inbox.extend(said)
 
+    def do(self, what: str, which: int) -> bool:
+        """One of the events that both properties know; whether it was a wish."""
+        rank = self.ranks[which % len(self.ranks)]
+        if what == "step":
+            self.step(rank)
+        elif what == "serve":
+            self.serve()
+        elif what == "hear":
+            rank.hear()
+        elif what == "ask":
+            rank.agreement.ask(TIME)
+        return what == "ask"
+
     def settle(self) -> None:
         """All goes on until nothing more is under way."""
         while self.posted or any(rank.inbox for rank in self.ranks):
@@ -123,18 +136,7 @@ def test_all_ranks_take_the_same_steps_in_any_order_of_events(
     ranks: int, events: list[tuple[str, int]], lockstep: bool
 ) -> None:
     job = Job(ranks, lockstep)
-    asked = 0
-    for what, which in events:
-        rank = job.ranks[which % ranks]
-        if what == "step":
-            job.step(rank)
-        elif what == "serve":
-            job.serve()
-        elif what == "hear":
-            rank.hear()
-        elif what == "ask":
-            rank.agreement.ask(TIME)
-            asked += 1
+    asked = sum([job.do(what, which) for what, which in events])
     job.settle()
     first = job.ranks[0]
     assert all(rank.taken == first.taken for rank in job.ranks)
@@ -149,16 +151,9 @@ def test_who_gives_up_waiting_misses_and_never_takes_another_step(
 ) -> None:
     job = Job(ranks, lockstep=False)
     for what, which in events:
+        job.do(what, which)
         rank = job.ranks[which % ranks]
-        if what == "step":
-            job.step(rank)
-        elif what == "serve":
-            job.serve()
-        elif what == "hear":
-            rank.hear()
-        elif what == "ask":
-            rank.agreement.ask(TIME)
-        elif what == "give up" and rank.holds:
+        if what == "give up" and rank.holds:
             rank.leave()
         elif what == "late" and job.hub.gathers:
             job.tell(job.hub.hear(Late(job.hub.number)))

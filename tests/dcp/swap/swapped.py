@@ -11,7 +11,7 @@ def _chain_in(path):
     return os.path.join(os.fspath(path), "chain")
 
 
-class FileSystemWriter(everstep.dcp.Writer):
+class _Swapped:
     def __init__(self, path, *args, **kwargs):
         super().__init__(_chain_in(path))
 
@@ -28,18 +28,9 @@ class FileSystemWriter(everstep.dcp.Writer):
         return "://" not in os.fspath(checkpoint_id)
 
 
-class FileSystemReader(everstep.dcp.Reader):
-    def __init__(self, path, *args, **kwargs):
-        super().__init__(_chain_in(path))
+class FileSystemWriter(_Swapped, everstep.dcp.Writer):
+    pass
 
-    @property
-    def path(self):
-        return self.checkpoint_id
 
-    def reset(self, checkpoint_id=None):
-        if checkpoint_id is not None:
-            self._place = _chain_in(checkpoint_id)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id):
-        return "://" not in os.fspath(checkpoint_id)
+class FileSystemReader(_Swapped, everstep.dcp.Reader):
+    pass
