@@ -8,6 +8,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PEERS  := $(VENV)/.peers
+# Compiled once, tests too, wherever one's shell forbids it: that is a third of the quick tests' time.
+export PYTHONDONTWRITEBYTECODE =
+export PYTHONPYCACHEPREFIX = $(abspath $(VENV))/.bytecode
 
 .PHONY: setup demo test check bench soak servers clean
 

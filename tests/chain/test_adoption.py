@@ -329,6 +329,7 @@ def test_nothing_whole_is_damage_and_no_new_beginning(host: list[str]) -> None:
         Host(MemoryStore("two"), [replica])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
 def test_bringing_back_that_dies_at_any_write_is_begun_again(host: list[str], done: bool) -> None:
     made = contents(3)

@@ -380,6 +380,7 @@ class Counted(mmap.mmap):
         Counted.live -= len(self)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_a_leaf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = 64 * 1024
     monkeypatch.setattr(comparing, "AHEAD_BYTES", 4 * grid)

@@ -295,6 +295,7 @@ def _dead_writers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "_lives", lambda holder: False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_dead_writers")
 @pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
 def test_a_copy_that_dies_at_any_write_goes_on(done: bool) -> None:

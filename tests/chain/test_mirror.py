@@ -367,6 +367,7 @@ def follow(one: Mirror) -> None:
     one.prune(LAST)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
 def test_a_follower_that_dies_at_any_write_leaves_a_whole_chain(done: bool) -> None:
     deaths: list[int] = []
@@ -389,6 +390,7 @@ def test_a_follower_that_dies_at_any_write_leaves_a_whole_chain(done: bool) -> N
         assert_converged(writer.chain, inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verbs", [READS, WRITES], ids=["reads", "writes"])
 def test_a_replica_that_fails_once_at_any_request_goes_on(verbs: frozenset[str]) -> None:
     def tries(one: Mirror, inner: Store) -> None:

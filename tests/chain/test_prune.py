@@ -401,6 +401,7 @@ def writes() -> int:
     return store.count - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("done", [False, True])
 @pytest.mark.parametrize("number", range(writes()))
 def test_killed_at_any_write_and_done_again(number: int, done: bool) -> None:
@@ -447,6 +448,7 @@ def test_what_a_killed_prune_leaves_is_taken_away_by_the_next() -> None:
     refuse_doomed(after, plan.snapshots[0])
 
 
+@pytest.mark.slow
 def test_a_writer_goes_on_after_a_prune_that_was_killed_anywhere() -> None:
     for number in range(writes()):
         inner = MemoryStore()

@@ -102,6 +102,7 @@ def test_a_record_whose_manifests_are_not_those_of_one_snapshot() -> None:
             rehearse(world.chain, forged)
 
 
+@pytest.mark.slow
 def test_every_flip_of_a_small_snapshot_of_two_ranks_is_found() -> None:
     """Of each object some bytes; whatever still reads back is what was taken."""
     world = World(MemoryStore(), 2)

@@ -446,6 +446,7 @@ def named(chain: Chain) -> dict[str, object]:
     return {**heads, **{f"tag {name}": chain.snapshot(id).step for name, id in chain.tags().items()}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", CHANGES)
 @pytest.mark.parametrize("done", [False, True], ids=["before it", "after it"])
 @pytest.mark.usefixtures("_the_dead_are_dead")

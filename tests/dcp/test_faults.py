@@ -54,6 +54,7 @@ def writes() -> int:
     return store.count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("fault", [Died, lambda: Unavailable("away")], ids=["died", "away"])
 def test_a_fault_at_any_write(done: bool, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:

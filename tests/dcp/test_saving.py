@@ -569,6 +569,7 @@ def test_our_planner_with_torchs_files(tmp_path: Path) -> None:
     assert torch.equal(there["large"], large)
 
 
+@pytest.mark.process
 def test_importing_everstep_imports_no_torch() -> None:
     code = (
         "import sys, everstep; assert 'torch' not in sys.modules; "

@@ -327,6 +327,7 @@ def test_every_truncation_of_all_together_is_refused() -> None:
     assert all(is_refused(values.decode, short) for short in truncations(ALL))
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_refused_or_another_value() -> None:
     """Never anything else. (The values lie in a manifest, whose name is a digest: no flip gets this far.)"""
     refused = 0

@@ -226,8 +226,8 @@ def test_plain_values_are_those_that_pickle_makes() -> None:
         made = [value(), value()]
         for protocol in (2, 3, 4, 5):
             data = pickle.dumps(made, protocol)
-            if protocol < 4 and any(b in repr(made) for b in ("{1", "frozenset", "b'")):
-                continue  # Those are calls then.
+            if protocol < 4 and any(b in repr(made) for b in ("{1", "{2", "{'three'", "frozenset", "b'")):
+                continue  # Those are calls then, of a set whose order is another in each process.
             assert pickles.read(data + b"rest", "it", lambda module, name: False) == (made, len(data))
 
 
@@ -250,6 +250,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zip", "pickle", "legacy", "dcp", "safetensors", "index", "trainer"])
 def test_changed_bytes_are_read_or_refused_and_nothing_else(tmp_path: Path, kind: str) -> None:
     rng = random.Random(kind)

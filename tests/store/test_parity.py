@@ -41,6 +41,8 @@ from everstep.testing.faults import Died, FaultyStore
 from everstep.testing.store import StoreContract, in_threads, listed, pattern
 from examples import examples
 
+pytestmark = pytest.mark.slow
+
 NAME = "packs/ab/" + "ab" * 32
 """A key that is named by a digest, as far as a store can see."""
 
@@ -100,14 +102,12 @@ def no_waiting() -> Clock:
 # -- the contract ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 class TestOverDirectories(StoreContract):
     @pytest.fixture
     def store(self, tmp_path: Path) -> Store:
         return open_store("parity:2+1:" + ",".join(str(tmp_path / str(number)) for number in range(3)))
 
 
-@pytest.mark.slow
 class TestWithMembersAway(StoreContract):
     """As many as may be."""
 
@@ -116,7 +116,6 @@ class TestWithMembersAway(StoreContract):
         return over(memories(), away=(0, 3))
 
 
-@pytest.mark.slow
 class TestInShards(StoreContract):
     """Every object is cut, whatever its name and size: all but the exclusive creation holds for these too."""
 

@@ -13,6 +13,7 @@ from everstep.testing.faults import READS, WRITES, FaultyStore
 from everstep.testing.store import StoreContract
 
 
+@pytest.mark.slow
 class TestReplicatedPair(StoreContract):
     @pytest.fixture
     def store(self, tmp_path_factory: pytest.TempPathFactory) -> Store:
