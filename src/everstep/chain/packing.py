@@ -1,7 +1,7 @@
 """From waves of memory to packs in a store: digest, leave out what is there already, encode, pack, put.
 
 Chunks are digested and encoded ahead in a few lanes, and taken in their own order: the same state gives the
-same packs, but for how its chunks are encoded. One pack is put while the next is filled.
+same packs, but for how its chunks are encoded. Two are put while the next is filled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PACK_BYTES = 64 * 1024 * 1024
 """A pack is closed when it has grown to this size."""
 
 HELD_BYTES = 32 * 1024 * 1024
-"""Or when it holds so much memory of its own, for encoded chunks: three packs of those are under way."""
+"""Or when it holds so much memory of its own, for encoded chunks: four packs of those are under way."""
 
 LANES_FROM_BYTES = 16 * 1024 * 1024
 """Smaller states are digested in the calling thread before another has come to work."""
@@ -39,11 +39,15 @@ class Wave:
     region of several slices. `unchanged` are the numbers of regions whose bytes are the same as when this
     memory was last handed over, with the whole of the same layout; a claim about any other time breaks the
     snapshot. It is no promise: such regions are still read where they are needed.
+
+    A wave may be handed over while it is still being filled: `arrived` is called before the bytes up to an
+    address are looked at, and blocks until they are there. What it raises ends the snapshot.
     """
 
     begin: int
     memory: memoryview
     unchanged: frozenset[int] = frozenset()
+    arrived: Callable[[int], None] = field(default=lambda end: None, compare=False)
 
 
 @dataclass
@@ -67,7 +71,7 @@ class Draft:
 
     def costs(self) -> dict[str, float]:
         """In milliseconds: what the threads computed to `digest` and to `encode` (choosing how included), the
-        time in which a pack was being put (`write`), and all that the writer's threads computed
+        time in which packs were being put (`write`), and all that the writer's threads computed
         (`cpu_writer`)."""
         seconds = {
             "digest": self.digest_s,
@@ -145,7 +149,7 @@ class Packing:
         self._held_bytes = 0
         self._frozen = False
         self._region = self._offset = 0
-        self._putter = putter = Putter(put, clock)
+        self._putter = putter = Putter(put, clock, encoder.encodings.put)
         self._lanes = Lanes(lanes, lambda: draft.seen_bytes >= LANES_FROM_BYTES and putter.idle)
 
     def store(self, waves: Iterable[Wave]) -> None:
@@ -292,6 +296,7 @@ class Packing:
 
 
 def _view(wave: Wave, at: int, size_bytes: int) -> memoryview:
+    wave.arrived(at + size_bytes)
     start = at - wave.begin
     if size_bytes and not 0 <= start <= start + size_bytes <= len(wave.memory):
         raise ValueError(f"a wave of {len(wave.memory)} bytes from {wave.begin} on cuts what lies at {at}")

@@ -271,13 +271,11 @@ class Writer:
             self._earlier.append(earlier)
 
     def _put_pack(self, draft: Draft, builder: pack.Builder) -> None:
-        begun = self._clock()
         name, parts = builder.finish()
         if not self._put_named(keys.pack, name, parts):
             name, parts = builder.finish(salt=secrets.token_bytes(16))
             self._put_named(keys.pack, name, parts)
         size_bytes = sum(map(len, parts))
-        self.encodings.put(size_bytes, self._clock() - begun)
         draft.packs[name] = size_bytes
         draft.stored.append(size_bytes)
         for entry in builder.entries:

@@ -566,7 +566,7 @@ class Run:
         )
         overlap = overlap and self._settings.overlap
         if self._taking.take(
-            Occasion(facts, self._collect, self._log.cut, self._metrics(), pending, overlap)
+            Occasion(facts, self._collect, self._log.cut_in_time, self._metrics(), pending, overlap)
         ):
             for one in self._triggers:
                 one.taken(self._steps, self._clock())
