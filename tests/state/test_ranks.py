@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from ranks import Ranks
 from stored import Stored, joined, part_of, stored
 from torch import nn
 
@@ -24,6 +23,7 @@ from everstep.state.objects import named
 from everstep.state.restore import restore
 from everstep.state.sharing import have_parted
 from everstep.state.world import World
+from ranks import Ranks
 
 compress = zstandard.ZstdCompressor().compress
 BOMB = compress(bytes(80_000_000))

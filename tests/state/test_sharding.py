@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from meshes import Placements, Replicate, Shard, _StridedShard, coordinates, cut, mesh_of, nobody, sharded
-from ranks import Ranks
 from stored import Stored, joined
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,6 +24,7 @@ from everstep.format.manifest import StoredLeaf, StoredSlice
 from everstep.state import leaves, spreading
 from everstep.state.lazy import LazyState
 from everstep.state.sharding import Box, boxes_of, elements, overlap, spec_of, table, views, whole
+from ranks import Ranks
 
 
 @pytest.fixture(autouse=True)

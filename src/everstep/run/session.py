@@ -652,7 +652,7 @@ class Run:
         return Occasion(
             facts,
             self._collect,
-            self._log.cut,
+            self._log.cut_in_time,
             self._metrics(),
             pending,
             overlap,
