@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from everstep.chain import packing
+from everstep.chain import packing, steplog
 from everstep.chain.history import Chain, Snapshot
 from everstep.chain.verify import verify
 from everstep.errors import Damaged, Unavailable, Unsupported
@@ -180,6 +180,36 @@ def test_what_was_handed_over_and_changes_becomes_no_snapshot(
     fresh = Loop(store)
     assert torch.equal(fresh.model[0].weight, weight)
     fresh.run.close()
+
+
+@pytest.mark.usefixtures("ahead")
+@pytest.mark.parametrize("keeper", ["thread", "process"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_was_handed_over_and_is_not_agreed_on_becomes_no_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeper: str, frozen: bool
+) -> None:
+    """Nothing is ended before the ranks have agreed; the steps of such a take are logged all the same."""
+    store: Any = MemoryStore() if keeper == "thread" else LocalStore(tmp_path / "chain")
+    why, asked = "", []
+
+    def agree(sample: bytes) -> str:
+        asked.append([one.step for one in loop.snapshots()])
+        return why
+
+    monkeypatch.setattr(Run, "_agree_of", lambda run, number: agree)
+    monkeypatch.setattr(steplog, "SEAL_S", 0.0)
+    loop = Loop(store, frozen=frozen, every="1 steps")
+    for why in ("", "they differ", "", "they differ", "they differ", ""):  # noqa: B007
+        loop.train(1)
+        loop.run.wait()
+    assert asked == [[], [1], [1], [3, 1], [3, 1], [3, 1]]
+    assert [event.why for event in loop.said(Failed) if isinstance(event, Failed)] == ["they differ"] * 3
+    assert loop.states() == [
+        one for step, one in enumerate(reference(6, frozen=frozen, every="1 steps"), 1) if step in {1, 3, 6}
+    ]
+    assert not verify(Chain(store)).findings
+    log = steplog.StepLog(Chain(store), "main", 1)
+    assert list(log.after(0)) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.usefixtures("ahead")

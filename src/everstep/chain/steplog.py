@@ -40,7 +40,7 @@ class StepLog:
     """The step log of one branch, as one writer keeps it.
 
     `append` costs one small write to the page cache (nothing is waited for); records survive the death of the
-    process; those of the last snapshot interval, of the last `SEAL_S` at least, may be lost in a power cut.
+    process. In a power cut those since the last snapshot may be lost, and of up to `SEAL_S` before it.
 
     Args:
         clock: in seconds.
