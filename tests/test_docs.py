@@ -529,7 +529,7 @@ def newer_format() -> None:
     a_chain()
     path = Path("runs/small/everstep.json")
     body = json.loads(path.read_text())["record"]
-    path.write_bytes(record.seal(record.ChainRecord(body["chain"], body["created_at"], format=3)))
+    path.write_bytes(record.seal(record.ChainRecord(body["chain"], body["created_at"], format=4)))
     a_run()
 
 

@@ -342,7 +342,7 @@ def test_a_keeper_process_scrubs_tells_and_ends_with_its_trainer(tmp_path: Path)
     speaker.say(protocol.Begin.under(terms))
     assert damaged in speaker.hear(protocol.Warned)[0].text
     assert speaker.status().trainer, "it has begun, whatever was told meanwhile"
-    thread = running.service._work._scrubbing.thread  # type: ignore[union-attr]
+    thread = running.service._seats[0].work._scrubbing.thread  # type: ignore[union-attr]
     speaker.say(protocol.Goodbye())
     assert running.has_left()
     thread.join(DEADLINE_S)
