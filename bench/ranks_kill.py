@@ -136,8 +136,9 @@ def train(kind: str, path: str, log: str) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(1)
     model = built(kind, ranks)
-    torch.manual_seed(100 + rank)
     data_ranks, data_rank = (ranks // 2, rank // 2) if kind == "fsdp_tp" and ranks % 2 == 0 else (ranks, rank)
+    # Ranks of one tensor-parallel group see the same samples, and drop the same.
+    torch.manual_seed(100 + data_rank)
     data = Noisy()
     sampler = DistributedSampler(data, data_ranks, data_rank, shuffle=True, seed=3)
     loader = DataLoader(data, BATCH, sampler=sampler)

@@ -14,10 +14,10 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -38,7 +38,7 @@ from everstep.format.chunk import Encoding
 from everstep.format.layout import Slice, item_bytes, lay_out
 from everstep.format.record import StepRecord, TagRecord, seal
 from everstep.format.values import Leaf, Symbol
-from everstep.integrations import safetensors_file, torch_file
+from everstep.integrations import safetensors_file, torch_file, torch_pickle
 from everstep.keeper import protocol
 from everstep.state.capture import Capturer
 from everstep.state.collecting import Collector
@@ -753,19 +753,30 @@ def test_an_interrupt_leaves_no_file(repo, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("format", ["safetensors", "torch"])
-def test_what_is_spread_over_ranks_is_refused(tmp_path, capsys, format):
-    """Nothing writes such chains yet; what meets one must not write half a tensor."""
+def test_what_is_in_several_slices_comes_out_whole(tmp_path, capsys, format):
     writer = writer_of(tmp_path / "c")
-    layout = lay_out([Slice("model/x", "float32", (8,), (4,), (4,))])
-    arena = memoryview(bytearray(layout.arena_bytes))
+    halves = [Slice("model/x", "float32", (2, 8), (0, at), (2, 4)) for at in (0, 4)]
     tree = {"objects": {"model": {"x": Leaf("model/x")}}}
-    snapshot = writer.write(Captured.whole(layout, arena, values.encode(tree)), Facts(step=1))
-    assert run("-r", tmp_path / "c", "export", "head", tmp_path / "out", "--format", format) == 15
-    assert "model/x" in capsys.readouterr().err
-    twice = msgspec.structs.replace(snapshot.record, manifests=snapshot.record.manifests * 2)
-    with pytest.raises(errors.Unsupported, match="2 ranks"):
-        export.manifest_of(writer.chain, Snapshot(snapshot.id, twice))
-    assert not (tmp_path / "out").exists()
+
+    def captured(slices: Sequence[Slice]) -> Captured:
+        layout = lay_out(slices)
+        arena = bytearray(layout.arena_bytes)
+        for one, (region, offset) in zip(layout.slices, layout.places, strict=True):
+            start = layout.regions[region].offset + offset
+            columns = np.arange(16, dtype=np.float32).reshape(2, 8)[:, one.at[1] : one.at[1] + 4]
+            arena[start : start + one.size_bytes] = columns.tobytes()
+        return Captured.whole(layout, memoryview(arena), values.encode(tree))
+
+    writer.write(captured(halves), Facts(step=1))
+    out = tmp_path / "out"
+    assert run("-r", tmp_path / "c", "export", "head", out, "--format", format) == 0
+    found = load_file(out)["model.x"] if format == "safetensors" else torch.load(out)["model"]["x"]
+    assert torch.equal(found, torch.arange(16.0).view(2, 8))
+    assert run("-r", tmp_path / "c", "show", "head", "--leaves") == 0
+    assert "[2, 8]" in capsys.readouterr().out
+    with pytest.raises(errors.Mismatch, match="hole"):
+        writer.write(captured(halves[1:]), Facts(step=2))
+    assert writer.chain.head().step == 1
 
 
 def test_out_needs_a_directory(repo, tmp_path, capsys):
@@ -906,7 +917,7 @@ def test_safetensors_load_into_the_model(trained, tmp_path):
 
 TORCH_DTYPES = [
     name
-    for name in (*torch_file._STORAGES, *sorted(torch_file._NEWER))
+    for name in (*torch_pickle.STORAGES, *sorted(torch_pickle.NEWER))
     if isinstance(getattr(torch, name, None), torch.dtype)
 ]
 
@@ -934,7 +945,7 @@ def test_every_dtype_that_a_chain_can_hold_is_known_to_the_torch_format():
             item_bytes(name)
         except errors.Unsupported:
             continue
-        assert name in torch_file._STORAGES or name in torch_file._NEWER, name
+        assert name in torch_pickle.STORAGES or name in torch_pickle.NEWER, name
 
 
 PLAIN = {

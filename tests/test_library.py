@@ -80,7 +80,7 @@ def test_export(trained: Trained, tmp_path: Path) -> None:
     assert torch.equal(loaded["model"]["weight"], states[2]["weight"])
     with pytest.raises(Mismatch, match="exists already"):
         chain.export("head", tmp_path / "all.pt", format="torch")
-    with pytest.raises(Mismatch, match="neither safetensors nor torch"):
+    with pytest.raises(Mismatch, match="none of dcp, hf, safetensors, torch"):
         chain.export("head", tmp_path / "all.onnx", format="onnx")
     assert not (tmp_path / "all.onnx").exists()
     chain.export("head", tmp_path / "all.pt", format="torch", overwrite=True)

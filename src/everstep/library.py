@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from everstep.chain import history
 from everstep.chain.history import MAIN, Point, Snapshot
-from everstep.errors import Mismatch
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from everstep.chain.copying import Copied
     from everstep.chain.export import Exported
     from everstep.events import RolledBack
+    from everstep.integrations.importing import Imported
     from everstep.run.loading import Loaded
     from everstep.store.base import Store
 
@@ -164,30 +164,66 @@ class Chain(history.Chain):
         format: str = "safetensors",
         only: str = "",
         overwrite: bool = False,
+        dtype: str = "",
+        config: str | PathLike[str] | None = None,
+        max_shard_bytes: int | None = None,
         branch: str = MAIN,
     ) -> Exported:
-        """Write the tensors of a snapshot to a file that other programs read: it appears whole and durable,
-        or not at all. Needs no torch.
+        """Write a snapshot to a file or folder that other programs read: it appears whole and durable, or not
+        at all. Needs no torch.
 
         Args:
-            out: the file.
-            format: `safetensors` or `torch`.
+            out: the file (`safetensors`, `torch`) or folder (`hf`, `dcp`).
+            format: `safetensors`, `torch`, `hf` or `dcp`.
             only: only this object, without its name in front.
-            overwrite: replace `out` where it exists.
+            overwrite: replace the file `out` where it exists; a folder is never replaced.
+            dtype: what floating-point tensors become (`bf16`, `fp16`, `fp32`); hf and safetensors.
+            config: a `config.json`, or a folder that has one and the tokenizer's files; hf.
+            max_shard_bytes: weights that are larger are several files; hf.
 
         Raises:
-            Mismatch: `out` exists, or `format` is none of these.
+            Mismatch: `out` exists, or `format` is none of these, or does not take what is given.
             NotFound: there is no such snapshot, object or directory.
             Unsupported: the format lacks a dtype.
             Damaged: bytes could not be verified; nothing was written.
         """
-        from everstep.integrations import safetensors_file, torch_file
+        from everstep.integrations import exporting
 
-        write = {"safetensors": safetensors_file.write, "torch": torch_file.write}.get(format)
-        if write is None:
-            raise Mismatch(
-                f"{format!r} is neither safetensors nor torch",
-                kept="nothing was written",
-                next="format='safetensors'",
-            )
-        return write(self, self.find(ref, branch), Path(out), only=only, overwrite=overwrite)
+        return exporting.export(
+            self,
+            self.find(ref, branch),
+            Path(out),
+            format,
+            only=only,
+            overwrite=overwrite,
+            dtype=dtype,
+            config=None if config is None else Path(config),
+            max_shard_bytes=max_shard_bytes,
+        )
+
+    def import_(
+        self,
+        path: str | PathLike[str],
+        objects: Mapping[str, str] | None = None,
+        *,
+        step: int | None = None,
+        branch: str = MAIN,
+        note: str = "",
+    ) -> Imported:
+        """Make a snapshot of other people's checkpoint, the head of `branch`; durable on return. Needs no
+        torch, and unpickles nothing. See `everstep.integrations.importing.import_` for the arguments.
+
+        Args:
+            path: a file of `torch.save`; a safetensors file, or the index of several; a directory of DCP; a
+                folder of Hugging Face or of their Trainer.
+
+        Raises:
+            NotFound: there is none, or it lacks what was asked for.
+            Unsupported: it holds what no state is made of; nothing of it was run.
+            Damaged: it is not whole.
+            Mismatch: the branch is at a later step.
+            Conflict: somebody is writing to the branch.
+        """
+        from everstep.integrations import importing
+
+        return importing.import_(self, Path(path), objects=objects, step=step, branch=branch, note=note)

@@ -19,6 +19,7 @@ from everstep.format.manifest import StoredLeaf, StoredSlice
 shapes = st.lists(st.integers(1, 6), max_size=4).map(tuple)
 
 
+@settings(deadline=None)
 @given(shapes, st.integers(1, 8), st.integers(1, 200))
 def test_windows_follow_one_another(shape: tuple[int, ...], item: int, limit: int) -> None:
     array = np.arange(math.prod(shape)).reshape(shape)
@@ -47,6 +48,7 @@ def boxes_within(draw: st.DrawFn) -> tuple[Box, Box]:
     return (moved, tuple(extent)), (start, shape)
 
 
+@settings(deadline=None)
 @given(boxes_within(), st.sampled_from(["u1", "<u2", "<f4", "<f8", "<c16", "S3"]))
 def test_a_box_is_put_where_it_belongs(boxes: tuple[Box, Box], dtype: str) -> None:
     box, whole = boxes
@@ -78,7 +80,7 @@ class FromArrays:
         return []
 
 
-@settings(max_examples=200)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_gathered_windows_are_the_leaf(data: Any) -> None:
     """Slices that cut dimension after dimension, and windows of any size."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 import pytest
 from ranked import State, World, assert_restores, state
-from test_prune_at_work import ALL, LAST, Through, pruned
+from test_prune_at_work import ALL, DEADLINE_S, LAST, Through, Turns, pruned
 
 from everstep.chain import lease, parts, prune
 from everstep.chain.history import Chain
-from everstep.chain.parts import Take
+from everstep.chain.parts import Part, Take
 from everstep.chain.retention import Keep
 from everstep.chain.verify import verify
 from everstep.chain.writer import Facts
@@ -216,29 +219,27 @@ def test_what_takes_that_failed_have_left_goes_after_three_that_did_not() -> Non
     assert assert_whole(world.chain.store) == [9]
 
 
+def building_on_the_last_but_one(world: World) -> list[Part]:
+    """Parts that rely on a snapshot that may be pruned, as those of a resume from it do."""
+    older = world.chain.manifests(list(world.chain.snapshots())[1])
+    for writer, part in zip(world.writers, older, strict=True):
+        writer._recent.clear()
+        writer.build_on(part)
+    found = world.store(world.begin(), STATES[0])
+    assert any(one.relies for one in found)
+    return found
+
+
 def test_parts_of_a_living_writer_keep_what_they_rely_on_from_an_outsider() -> None:
     world = World(MemoryStore(), RANKS)
     for step in (0, 1):
         one_take(world, step)
-    take = stored_ahead(world, 5)
-    relied = [
-        one
-        for entry in world.chain.store.list(keys.PARTS)
-        for one in parts.read(world.chain.store, entry.key).relies
-    ]
-    assert relied
-    other = world.begin()
-    world.store(other, STATES[2])
-    world.writers[0].look_again()
-    world.commit(other, 7)
-    # Now the snapshot before it goes, on which the part relies that was stored before.
-    again = stored_ahead(world, 5)
-    assert again.number > take.number
+    found = building_on_the_last_but_one(world)
     pruned(world.chain)
-    there = {entry.key for entry in world.chain.store.list()}
-    for entry in world.chain.store.list(keys.PARTS):
-        one = parts.read(world.chain.store, entry.key)
-        assert {keys.manifest(one.manifest), *map(keys.pack, one.relies)} <= there
+    assert assert_whole(world.chain.store) == [1]
+    world.writers[0].commit(found, Facts(step=5))
+    assert assert_whole(world.chain.store) == [5, 1]
+    assert_clean(world)
 
 
 def test_part_records_of_dead_writers_are_swept() -> None:
@@ -271,14 +272,7 @@ def test_a_part_that_relies_on_what_was_pruned_is_not_committed() -> None:
     world = World(MemoryStore(), RANKS)
     for step in (0, 1):
         one_take(world, step)
-    take = world.begin()
-    # As if it had built on the snapshot before the newest, which a resume may have.
-    older = world.chain.manifests(list(world.chain.snapshots())[1])
-    for writer, part in zip(world.writers, older, strict=True):
-        writer._recent.clear()
-        writer.build_on(part)
-    found = world.store(take, STATES[0])
-    assert any(one.relies for one in found)
+    found = building_on_the_last_but_one(world)
     for entry in list(world.chain.store.list(keys.PARTS)):
         world.chain.store.delete(entry.key)
     pruned(world.chain)
@@ -305,3 +299,104 @@ def test_a_rank_that_gave_up_lets_the_next_take_go_on() -> None:
     assert assert_whole(world.chain.store) == [2, 0]
     world.prune(Keep.parse("last 1"))
     assert assert_whole(world.chain.store) == [2]
+
+
+# -- in any order ------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """The ranks of a world, each in a thread of its own, and two who prune; a seed decides whose turn it is.
+    The ranks run up to two takes ahead of what is committed, as their arenas let them."""
+
+    def __init__(self, seed: int, first: int, last: int) -> None:
+        names = [*map(str, range(RANKS)), "prune", "second"]
+        self.store = MemoryStore()
+        self.turns = Turns(names, seed)
+        self.ways = {name: Through(self.store, lambda: None) for name in names}
+        self.world = World(self.store, RANKS, through={rank: self.ways[str(rank)] for rank in range(RANKS)})
+        self.settled = {step: step < first for step in range(last + 1)}
+        """By step, whether its take is over."""
+        self.failed: list[BaseException] = []
+        self.lost: list[int] = []
+        self.first, self.last = first, last
+
+    def run(self) -> None:
+        for step in range(self.first):
+            assert one_take(self.world, step)
+        for name, way in self.ways.items():
+            way.ask = partial(self.turns.wait, name)
+        jobs = {
+            **{str(rank): partial(self.rank, rank) for rank in range(RANKS)},
+            **{name: partial(self.prune, name) for name in ("prune", "second")},
+        }
+        threads = [threading.Thread(target=self.work, args=item) for item in jobs.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE_S)
+            assert not thread.is_alive()
+        for way in self.ways.values():
+            way.ask = lambda: None
+
+    def work(self, name: str, do: Callable[[], None]) -> None:
+        try:
+            do()
+        except BaseException as error:
+            self.failed.append(error)
+        finally:
+            self.turns.end(name)
+
+    def rank(self, rank: int) -> None:
+        looked = 0
+        for step in range(self.first, self.last + 1):
+            while rank and not self.settled[max(step - 3, 0)]:
+                self.turns.wait(str(rank))
+            if looked < len(self.lost):
+                looked = len(self.lost)
+                self.world.writers[rank].look_again()
+            take = Take("main", self.world.lease.number, 100 + step)
+            self.world.store(take, STATES[step % len(STATES)], [rank])
+            if rank == 0:
+                self.commit(take, step)
+
+    def commit(self, take: Take, step: int) -> None:
+        chain, writer = self.world.chains[0], self.world.writers[0]
+        waited = 0.0
+
+        def wait(seconds: float) -> None:
+            nonlocal waited
+            waited += seconds
+            self.turns.wait("0")
+
+        found = parts.gather(chain, take, RANKS, 1e9, lambda: waited, wait)
+        try:
+            writer.commit(found, Facts(step=step))
+        except Unavailable:
+            self.lost.append(step)
+            writer.look_again()
+        self.settled[step] = True
+        parts.clear(chain, take)
+        self.world.prune(LAST)
+
+    def prune(self, name: str) -> None:
+        for _ in range(2):
+            pruned(Chain(self.ways[name]))
+
+
+@pytest.mark.slow
+def test_operations_of_ranks_and_prunes_in_any_order() -> None:
+    lost = 0
+    for seed in range(25):
+        ranks = Ranks(seed, first=2, last=6)
+        ranks.run()
+        assert ranks.failed == [], seed
+        newest = next(step for step in range(6, 0, -1) if step not in ranks.lost)
+        assert assert_whole(ranks.store)[0] == newest
+        lost += len(ranks.lost)
+        # Whoever was told that its part is not committed shares nothing that has gone.
+        for writer in ranks.world.writers:
+            writer.look_again()
+        ranks.world.number = 200
+        assert one_take(ranks.world, 8)
+        assert_clean(ranks.world)
+    assert lost < 25 * 5 // 4

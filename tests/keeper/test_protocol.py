@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from everstep import errors
 from everstep.chain.history import Snapshot
+from everstep.chain.parts import Part
 from everstep.chain.steplog import EndedJournal
 from everstep.chain.writer import Facts
 from everstep.errors import Damaged, EverstepError, Unsupported
@@ -53,13 +54,17 @@ FACTS = Facts(
 RECORD = SnapshotRecord(1, 7, 0, "ab" * 32, ("cd" * 32,), "now", "main", 3, costs={"stall": 0.125})
 PROBLEM = protocol.Problem.of(errors.Unavailable("no room", kept="all", next="df -h", key="packs/x"))
 
+PART = Part(3, 4, "ab" * 32, "cd" * 32, 12, 8, 4, ("world size",), ("ef" * 32,))
+OF_MANY = protocol.Seated(3, 12, (protocol.Open(1, "joining", 5),), (4096,), ("ab" * 32,))
+
 SAID_TO_KEEPER: list[Message] = [
     protocol.Hello(protocol.VERSION, "abc"),
     protocol.Leave(),
     protocol.Ask(),
     protocol.Settle(),
     protocol.Settle(3, 4),
-    protocol.Read(2, "packs/ab", 4096, 100),
+    protocol.Read(1, "packs/ab/" + "ab" * 32, 4096, 1 << 20),
+    protocol.Begin.under(Terms("main", 3, "", "all", rank=3, ranks=4, deadline_s=0.5, part="ab" * 32)),
     protocol.Begin.under(Terms("main", 3, "", "last 3")),
     protocol.Begin.under(Terms("main", 3, "ab" * 32, "all", True, (("s3://b/x", "s3://b/x"),))),
     protocol.Prepare(1, 4096),
@@ -74,6 +79,7 @@ SAID_TO_KEEPER: list[Message] = [
         again=True,
     ),
     protocol.Submit(5, protocol.Said.of(FACTS), b"", (), None),
+    protocol.Submit(6, protocol.Said.of(FACTS), b"", (), None, take=2, look=True),
     protocol.Fill(4, 1, 0, 4096, (0, 2)),
     protocol.Fill(4, 1, 0, 8192, (), 4096),
     protocol.Arrived(4, 8192),
@@ -85,17 +91,20 @@ SAID_TO_KEEPER: list[Message] = [
 SAID_TO_TRAINER: list[Message] = [
     protocol.Welcome(protocol.VERSION, 12),
     protocol.Status(protocol.VERSION, 1, "/chain", "now", 2, (protocol.Open(1, "storing", 5),), (4096,)),
+    protocol.Status(protocol.VERSION, 1, "/chain", "now", ranks=4, seats=(OF_MANY,)),
     protocol.Busy(7),
     protocol.Settled(""),
     protocol.Settled("ab" * 32),
-    protocol.Got(2, True),
-    protocol.Got(3, False),
+    protocol.Settled("", ("ab" * 32, "cd" * 32)),
+    protocol.Got(1, True),
+    protocol.Got(2, False),
     protocol.Refused(PROBLEM),
     protocol.Lent(1),
     protocol.NoMemory(1, PROBLEM),
     protocol.Freed(1),
     protocol.Done(4, 12.5, "ab" * 32, RECORD),
     protocol.Done(4, 12.5, problem=PROBLEM),
+    protocol.Done(4, 12.5, part=protocol.Announced.of(PART)),
     protocol.Tidied(4),
     protocol.Warned("careful"),
     protocol.Stands("s3://b/x", "ab" * 32, 7, 2),
@@ -242,6 +251,10 @@ def test_an_outcome_comes_out_as_it_went_in() -> None:
     snapshot = Snapshot("ab" * 32, RECORD)
     good = protocol.Done.of(4, Outcome(Job(LAYOUT, FACTS), snapshot, None, 3.0))
     assert (good.taken(), good.error()) == (snapshot, None)
+    assert protocol.Done.of(4, good.outcome(Job(LAYOUT, FACTS))) == good
+    job = Job(LAYOUT, FACTS)
+    part = protocol.Done.of(4, Outcome(job, None, None, 3.0, part=PART)).outcome(job)
+    assert (part.snapshot, part.error, part.part) == (None, None, PART)
     bad = protocol.Done.of(4, Outcome(Job(LAYOUT, FACTS), None, errors.Fenced("gone"), 3.0))
     assert bad.taken() is None
     assert isinstance(bad.error(), errors.Fenced)

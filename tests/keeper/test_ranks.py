@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 from handing import DEADLINE_S, GRID_BYTES, assert_joined, hand_over, job_of, laid_of, state, until
 
+from everstep.chain import parts
 from everstep.chain.history import Chain
 from everstep.chain.lease import Lease
 from everstep.errors import Fenced, Unavailable
@@ -229,6 +230,28 @@ def test_what_was_stored_ahead_and_is_dropped_is_no_part(
     assert isinstance(run.outcomes[0][0].error, Unavailable)
     assert len([key for key in store.puts if key.startswith(keys.MANIFESTS)]) == RANKS - 1
     assert list(run.chain.snapshots()) == []
+    run.take(2)
+    run.wait()
+    assert_joined(store, [20], RANKS)
+
+
+@pytest.mark.parametrize("told", ["withdrawn", "damaged"])
+def test_a_rank_that_has_withdrawn_stays_so_and_trains_on(
+    store: Held, world: Callable[..., World], told: str
+) -> None:
+    """As when its keeper died right after it had told rank 0, and another stores the same."""
+    run = world()
+    if told == "withdrawn":
+        parts.withdraw(run.chain, parts.Take("main", run.lease.number, 1), 1, "no room")
+    else:
+        store.put(keys.part("main", run.lease.number, 1, 1), [b"nonsense"])
+    run.take(1)
+    run.wait()
+    for rank in (0, 1):
+        error = run.outcomes[rank][0].error
+        assert isinstance(error, Unavailable)
+        assert error.away
+    assert run.outcomes[2][0].part is not None
     run.take(2)
     run.wait()
     assert_joined(store, [20], RANKS)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from handing import assert_joined, until
 from test_keeper_process import Trainer, arenas_of, dead, path, runtime
 
 from everstep.chain.history import Chain
+from everstep.chain.verify import verify
 from everstep.keeper.client import living
 
 __all__ = ["path", "runtime"]
@@ -183,3 +186,49 @@ def test_what_was_handed_over_outlives_all_and_each_gets_its_own_back(
     assert (newest.step, len(newest.record.manifests)) == (40, 2)
     fewer.ask("close")
     assert dead(status.pid)
+
+
+def kill_keepers() -> None:
+    """There may be none just now."""
+    for status in living():
+        with suppress(ProcessLookupError):
+            os.kill(status.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_ranks_and_keepers_that_are_killed_at_random(path: Path, start: Callable[..., Ranks]) -> None:
+    """Whoever dies when: what is listed is whole, and what rank 0 was told of is listed."""
+    rng = random.Random(7)
+    step, told = 0, 0
+    for _ in range(4):
+        run = start()
+        held = run.ask("held")
+        newest = next(iter(Chain(path).snapshots()), None)
+        assert (newest.step if newest else 0) >= told
+        for found in held:
+            assert all(one["same"] or one["step"] < 0 for one in found)  # type: ignore[attr-defined]
+        run.begin()
+        for take in range(1, 4):
+            step += 10
+            for trainer in run.all:
+                trainer.ask("take", step, take)
+                if rng.random() < 0.1:
+                    kill_keepers()
+            for trainer in run.all:
+                trainer.answer()
+            if rng.random() < 0.5:
+                told = max([told, *(at for at, error in run.ask("wait")[0] if not error)])  # type: ignore[attr-defined]
+        # One dies a moment before the others, or all at once.
+        rng.choice(run.all).kill()
+        if rng.random() < 0.5:
+            kill_keepers()
+        run.kill()
+    last = start()
+    last.ask("held")
+    chain = Chain(path)
+    steps = [snapshot.step for snapshot in chain.snapshots()]
+    assert steps == sorted(set(steps), reverse=True)
+    assert_joined(path, steps, RANKS)
+    assert told > 0
+    assert told in steps
+    assert not verify(chain).findings

@@ -18,7 +18,7 @@ from everstep.errors import Conflict, Damaged, Unavailable
 from everstep.format import keys
 from everstep.keeper import protocol
 from everstep.keeper.arena import Arena
-from everstep.keeper.service import LINGER_S
+from everstep.keeper.service import LINGER_S, START_S
 
 __all__ = ["path", "start"]
 
@@ -215,6 +215,25 @@ def test_each_rank_s_next_trainer_gets_its_own(running: Running, path: Path, ask
     assert seats(asker) == [(rank, False, 1) for rank in range(RANKS)]
     for heir in heirs[1:]:
         heir.connection.close()
+    until_left(running)
+
+
+def test_who_comes_back_elsewhere_leaves_no_memory_here(running: Running, path: Path, asker: Speaker) -> None:
+    run = Run(running, path)
+    run.take(10, 1)
+    run.die()
+    until(lambda: not any(seat.jobs or seat.trainer for seat in asker.status().seats), "all is done")
+    back = Ranked(running, 1)
+    back.settle()
+    run.lease.release()
+    lease = Lease.take(Chain(path).store)
+    back.begin_under(lease)
+    back.arena().close()
+    assert seats(asker) == [(0, False, 1), (1, True, 0), (2, False, 1)]
+    running.pass_time(START_S + 1)
+    until(lambda: seats(asker) == [(1, True, 0)], "the others are not waited for any more")
+    back.connection.close()
+    lease.release()
     until_left(running)
 
 

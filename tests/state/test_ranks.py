@@ -285,6 +285,34 @@ def test_what_changes_its_shape_is_each_ranks_own_from_then_on() -> None:
     assert all(one.fits for one in ranks.collect(anew=False))
 
 
+def test_a_leaf_that_one_rank_has_no_more_is_missed() -> None:
+    """Others rely on the parts of it that it would have written."""
+    ranks = Ranks([named(training(0)) for _ in range(2)])
+    ranks.collect()
+    optimizer: Any = ranks.objects[1]["optimizer"]
+    optimizer.state.clear()
+    assert [one.fits for one in ranks.collect(anew=False)] == [True, False]
+    assert all(one.fits for one in ranks.collect())
+    shared: Any = ranks.objects[0]["shared"]
+    del shared["ema"]
+    assert [one.fits for one in ranks.collect(anew=False)] == [False, True]
+
+
+def test_a_buffer_that_grows_for_ever_does_not_keep_snapshots_away() -> None:
+    ranks = Ranks([named(training(0)) for _ in range(2)])
+    ranks.collect()
+    # New; changed; changed once more: then it is each rank's own.
+    for take, fits in enumerate([False, False, False, True, True]):
+        for objects in ranks.objects:
+            model: Any = objects["model"]
+            model[0].register_buffer("queue", torch.ones(take + 1))
+        looks = ranks.collect(anew=False)
+        assert [one.fits for one in looks] == [fits, fits]
+        if not fits:
+            assert all(one.fits for one in ranks.collect())
+    assert "~rank/1/model/0.queue" in looks[1].leaves
+
+
 def test_stages_have_leaves_of_their_own() -> None:
     """Pipeline stages: each rank has a part of the model, under the names of the whole."""
 

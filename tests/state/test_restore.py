@@ -11,8 +11,9 @@ from stored import Stored, stored
 from torch import nn
 
 from everstep.errors import Damaged, Mismatch, NotFound
+from everstep.state.live import state_places
 from everstep.state.objects import named
-from everstep.state.restore import _state_places, restore, restore_part
+from everstep.state.restore import restore, restore_part
 from everstep.state.tree import leaf_names
 
 
@@ -233,7 +234,7 @@ def test_new_state_of_an_optimizer_goes_where_its_parameters_are() -> None:
     live = objects(1)["optimizer"]
     saved = stored({"optimizer": live}).manifest.tree["objects"]["optimizer"]
     live.param_groups[0]["params"][1] = nn.Parameter(torch.empty(8, device="meta"))
-    places = _state_places(saved, live)
+    places = state_places(saved, live)
     assert all(isinstance(like, torch.Tensor) for like in places.values())
     assert {leaf for leaf, like in places.items() if like.device.type == "meta"} == {
         "optimizer/state/1/exp_avg",

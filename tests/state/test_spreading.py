@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everstep.format.joining import covers
-from everstep.format.layout import SMALL_BYTES
-from everstep.state.sharding import Box, elements, whole
+from everstep.format.layout import SMALL_BYTES, Box
+from everstep.state.sharding import elements, whole
 from everstep.state.spreading import SLIVER_BYTES, level, spread
 
 MB = 1024 * 1024
@@ -24,7 +24,7 @@ ITEMS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(items=ITEMS, ranks=st.integers(1, 9))
 def test_each_element_is_written_once_and_each_rank_writes_as_much(
     items: list[tuple[tuple[int, ...], int]], ranks: int

@@ -10,6 +10,7 @@ import errno
 import math
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -279,6 +280,52 @@ def new_file(path: Path, overwrite: bool = False) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to put files into, which appears at `path` whole, durable and at once when the block ends, and
+    else not at all. It is filled beside its place under a name that begins with `.everstep-`.
+
+    Raises:
+        Mismatch: there is something already, other than an empty folder.
+        NotFound: there is no such directory.
+        Unavailable: no room, no permission.
+    """
+    check_free_folder(path)
+    temporary = path.parent / f".everstep-{secrets.token_hex(8)}"
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        _sync_directory(temporary)
+        temporary.rename(path)  # Of what is there it replaces nothing but an empty folder.
+        _sync_directory(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise _folder_taken(path) from error
+        raise _translated(error, path) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free_folder(path: Path) -> None:
+    """Raises Mismatch where something at `path` must stay, NotFound where there is no directory for it."""
+    if os.path.lexists(path) and (not path.is_dir() or path.is_symlink() or any(path.iterdir())):
+        raise _folder_taken(path)
+    if not path.parent.is_dir():
+        raise NotFound(
+            f"there is no directory {path.parent}", kept="nothing was written", next=f"mkdir -p {path.parent}"
+        )
+
+
+def _folder_taken(path: Path) -> Mismatch:
+    what = "is not empty" if path.is_dir() and not path.is_symlink() else "exists already"
+    return Mismatch(
+        f"{path} {what}", kept="it was not touched", next="another name: a folder is not replaced"
+    )
 
 
 def _place(temporary: Path, path: Path, overwrite: bool) -> None:

@@ -7,6 +7,7 @@ nobody stumbles over it, and nobody deletes it.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from everstep.format import keys
 from everstep.store.base import Store
@@ -32,6 +33,9 @@ _OBJECT = re.compile(
 )
 
 
+MANY = 32
+
+
 def is_object(key: str) -> bool:
     """Whether `key` can name an object of a chain."""
     return _OBJECT.fullmatch(key) is not None
@@ -52,6 +56,14 @@ def newest(store: Store, prefix: str) -> int:
 def exists(store: Store, key: str) -> bool:
     """Whether there is such an object. One listing of one entry."""
     return any(entry.key == key for entry in store.list(key, limit=1))
+
+
+def missing(store: Store, prefix: str, wanted: Collection[str]) -> set[str]:
+    """Those of the keys under a prefix of which there is no object. A listing of one entry for each; of
+    many, one of all that is there."""
+    if len(wanted) < MANY:
+        return {key for key in wanted if not exists(store, key)}
+    return set(wanted) - {entry.key for entry in store.list(prefix)}
 
 
 def segment_of(key: str) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ from everstep.chain.doomed import refuse_doomed
 from everstep.chain.fence import fence_former, put_fence
 from everstep.chain.history import MAIN, Chain, Point, Snapshot, now
 from everstep.chain.lease import Lease
-from everstep.chain.names import exists, newest, segment_of
+from everstep.chain.names import exists, missing, newest, segment_of
 from everstep.chain.refs import HEADS
 from everstep.errors import Conflict, Damaged, Mismatch, NotFound, Unavailable
 from everstep.events import RolledBack
@@ -326,8 +326,10 @@ def _refuse_pruned(chain: Chain, snapshot: Snapshot, undo: Callable[[], None]) -
     except Conflict:
         undo()
         raise
-    parts = [keys.snapshot(snapshot.id), *map(keys.manifest, snapshot.record.manifests)]
-    if all(exists(chain.store, key) for key in parts):
+    manifests = list(map(keys.manifest, snapshot.record.manifests))
+    if exists(chain.store, keys.snapshot(snapshot.id)) and not missing(
+        chain.store, keys.MANIFESTS, manifests
+    ):
         return
     undo()
     raise Conflict(

@@ -25,7 +25,7 @@ from everstep.chain.fence import fence_former
 from everstep.chain.history import MAIN, Chain, Snapshot, now
 from everstep.chain.lanes import idle_cores
 from everstep.chain.lease import Lease
-from everstep.chain.names import exists
+from everstep.chain.names import missing
 from everstep.chain.packing import Before, Draft, Packing, Shares, Wave
 from everstep.chain.parts import Part
 from everstep.chain.relocations import Relocations
@@ -33,6 +33,7 @@ from everstep.errors import Conflict, Damaged, Mismatch, NotFound, Unavailable
 from everstep.format import keys, pack, record
 from everstep.format import manifest as manifests
 from everstep.format.chunk import Buffer, digest
+from everstep.format.joining import join
 from everstep.format.layout import Layout
 from everstep.format.manifest import Manifest, Place, state_of_parts
 from everstep.format.record import HeadRecord, Number, Origin, SnapshotRecord
@@ -279,6 +280,8 @@ class Writer:
         memory = self._store_chunks(draft, captured, shares or (lambda: Shares(self._cores())))
         stored = self._clock()
         manifest = self._describe(draft.layout).manifest(draft, captured.values, rank, ranks)
+        if ranks == 1:
+            _refuse_unreadable(manifest)
         name, made = self._put_manifest(manifest)
         draft.cpu_s += self._thread_clock() - computed
         costs = {"store": (stored - begun) * 1e3, "manifest": (self._clock() - stored) * 1e3}
@@ -408,7 +411,8 @@ class Writer:
             self._forget_gone(there)
             gone = relied - names - there
             taken |= gone if not several else self._lost(parts, gone, there)
-            taken |= {name for name in relied & names if not exists(self.chain.store, keys.manifest(name))}
+            found = set(map(keys.manifest, relied & names))
+            taken |= {key.rpartition("/")[2] for key in missing(self.chain.store, keys.MANIFESTS, found)}
         if taken:
             raise _Pruned(taken)
         self._dropped = False
@@ -528,6 +532,14 @@ class Writer:
 
 def _format(parts: Sequence[Part]) -> int:
     return manifests.SEVERAL if len(parts) > 1 else manifests.FORMAT
+
+
+def _refuse_unreadable(manifest: Manifest) -> None:
+    """Slices that leave a hole in a leaf could not be read back: nothing is committed."""
+    try:
+        join([manifest])
+    except Damaged as error:
+        raise Mismatch(error.problem, kept="the head was not moved") from error
 
 
 def _shares_pruned(facts: Facts) -> Unavailable:

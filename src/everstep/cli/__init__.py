@@ -12,14 +12,13 @@ import traceback
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 
 from everstep.chain.history import MAIN, SHORT, Chain, Snapshot
-from everstep.cli import checking, diff, output, replicas, versions
+from everstep.cli import checking, diff, files, output, replicas, versions
 from everstep.cli import copy as copying
 from everstep.cli import prune as pruning
 from everstep.cli import stats as statistics
@@ -43,9 +42,6 @@ app = typer.Typer(
 )
 
 versions.register(app)
-
-_REMARKS = 20
-"""So many sentences about one export are shown to a person."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -352,46 +348,11 @@ app.command()(checking.repair)
 app.command()(checking.scrub)
 
 
-# -- export ------------------------------------------------------------------------------------------------
+# -- export, import ----------------------------------------------------------------------------------------
 
 
-@app.command()
-def export(
-    context: typer.Context,
-    ref: Ref,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The file to write.")],
-    format: Annotated[str, typer.Option("--format", metavar="safetensors|torch", help="What to write.")],
-    only: Annotated[
-        str, typer.Option("--only", metavar="NAME", help="Only this object, without its name in front.")
-    ] = "",
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT where it exists.")] = False,
-    branch: Branch = MAIN,
-    replica: Replica = None,
-    repo: Repo = None,
-    as_json: Json = False,
-) -> None:
-    """Write the tensors of a snapshot to a file that other programs read."""
-    from everstep.integrations import safetensors_file, torch_file
-
-    write = {"safetensors": safetensors_file.write, "torch": torch_file.write}.get(format)
-    if write is None:
-        raise typer.BadParameter(f"{format!r} is neither safetensors nor torch")
-    chain = Chain(read_place(context, repo, replica))
-    snapshot = chain.find(ref, branch)
-    path = Path(out)
-    with output.progress(path.name, quiet=as_json) as on_progress:
-        done = write(chain, snapshot, path, only=only, overwrite=force, on_progress=on_progress)
-    if as_json:
-        about = {"snapshot": snapshot.id, "step": snapshot.step, "format": format, "out": out}
-        output.document({**about, **dataclasses.asdict(done)})
-        return
-    for text in done.remarks[:_REMARKS]:
-        output.remark(text)
-    if len(done.remarks) > _REMARKS:
-        output.remark(f"and {len(done.remarks) - _REMARKS} more like these; --json lists all")
-    ties = f" and {output.count(done.aliases, 'tied name')}" if done.aliases else ""
-    source = f"{snapshot.short} step {snapshot.step}"
-    print(f"{out}: {output.count(done.tensors, 'tensor')}{ties}, {size(done.size_bytes)}, of {source}")
+app.command("export")(files.export)
+app.command("import")(files.import_)
 
 
 # -- keeper ------------------------------------------------------------------------------------------------

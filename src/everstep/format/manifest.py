@@ -45,6 +45,9 @@ OBJECTS, RUN = "objects", "run"
 CONFIG = "config"
 """In the latter: plain values of the user's own that no step depends on, kept to be compared."""
 
+FILES = "files"
+"""In the same: small files that came along with an imported state, their bytes by their names."""
+
 MAX_STORED_BYTES = 64 * 1024 * 1024
 MAX_MANIFEST_BYTES = 512 * 1024 * 1024
 MAX_COMMAS = 1 << 24

@@ -19,7 +19,7 @@ from everstep.chain.parts import Part, Take
 from everstep.chain.siblings import Siblings
 from everstep.chain.steplog import EndedJournal, StepLog
 from everstep.chain.writer import Captured, Facts, Wave, Writer
-from everstep.errors import Damaged, EverstepError, NotFound, Unavailable
+from everstep.errors import Conflict, Damaged, EverstepError, NotFound, Unavailable
 from everstep.keeper.arena import Arena
 from everstep.keeper.base import Job, Outcome, Terms
 from everstep.keeper.following import Following
@@ -275,13 +275,20 @@ class Keeping:
                 if job.look:
                     self._writer.look_again()
                 part = self._writer.store_part(given.captured(), rank, ranks, self._shares(job))
-            return parts.announce(
-                self.chain, self._take(job), replace(part, approximate=job.facts.approximate)
-            )
+            return self._announce(job, replace(part, approximate=job.facts.approximate))
         except BaseException as error:
             if rank:
                 self._withdraw(job, error)
             raise
+
+    def _announce(self, job: Job, part: Part) -> Part:
+        try:
+            return parts.announce(self.chain, self._take(job), part)
+        except (Conflict, Damaged) as error:
+            # It has withdrawn before, or what it told is of no use: a snapshot is lost, and no more.
+            raise Unavailable(
+                error.problem, kept="the snapshots before it are intact", key=error.key, away=True
+            ) from error
 
     def _withdraw(self, job: Job, error: BaseException) -> None:
         """The other ranks need not wait for this one."""

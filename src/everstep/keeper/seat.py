@@ -143,6 +143,10 @@ class Seat:
             self.work.following.finish()
         self.linger_anew()
 
+    def linger_at_most(self, seconds: float) -> None:
+        """Other ranks are back: the next trainer comes soon, or is on another machine now."""
+        self._due = min(self._due, self._clock() + seconds)
+
     def linger_anew(self) -> None:
         useful = bool(self.work.held) or self.work.unfinished
         self._due = self._clock() + (self._linger_s if useful else 0.0)

@@ -45,7 +45,7 @@ LINGER_S = 300.0
 """So long the newest snapshot of a killed trainer stays in memory. EVERSTEP_KEEPER_LINGER."""
 
 START_S = 60.0
-"""So long a keeper waits for who has started it."""
+"""So long a keeper waits for who has started it; and for the other ranks, once one of a run is back."""
 
 LOG_BYTES = 1024 * 1024
 MAX_CALLERS = 256
@@ -415,6 +415,9 @@ class Service:
             earlier,
             after,
         )
+        for seat in self._seats.values():
+            if not seat.at_work:
+                seat.linger_at_most(START_S)
 
     def _status(self) -> protocol.Status:
         seats = [seat.status() for seat in self._in_order()]

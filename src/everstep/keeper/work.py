@@ -286,6 +286,8 @@ class Work:
             keeping = self._kept_up()
             before = keeping.stored_before(given.job) if held.again else None
         except Exception as error:
+            if self._terms.rank:
+                self._withdraw(_Withdraw(given.job.take, f"its keeper failed ({error})"))
             self._done(held, Outcome(given.job, None, error, 0.0))
             return
         if before is not None:
@@ -332,11 +334,11 @@ class Work:
         return self._keeping
 
     def _withdraw(self, one: _Withdraw) -> None:
-        """Its trainer died and takes no part in what the others may be taking: they need not wait for it."""
+        """This rank has no part in a take: the others need not wait for it."""
         terms = self._terms
         try:
             take = Take(terms.branch, terms.lease, one.take)
-            parts.withdraw(self._chain, take, terms.rank, "its process died")
+            parts.withdraw(self._chain, take, terms.rank, one.why)
         except Exception as error:
             self._warn(f"the other ranks wait for rank {terms.rank} ({type(error).__name__}: {error})")
 
@@ -385,7 +387,8 @@ class Work:
                 held.given.drop()
         if died and self._terms.ranks > 1 and self._terms.rank:
             self._withdrawing = True
-            self._given.put(_Withdraw(self._take + 1))
+            # Which the others may be taking, and this one takes no part in.
+            self._given.put(_Withdraw(self._take + 1, "its process died"))
 
     def hurry(self) -> None:
         """Somebody waits until all is done that is left of a trainer which is gone."""
@@ -437,6 +440,7 @@ class Work:
 @dataclass(frozen=True)
 class _Withdraw:
     take: int
+    why: str
 
 
 class _Held:

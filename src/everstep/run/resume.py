@@ -15,6 +15,7 @@ from everstep.format.manifest import Manifest
 from everstep.keeper.base import Held
 from everstep.state.restore import Restored, restore
 from everstep.state.world import World
+from everstep.store.base import Store
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,11 @@ def restored(
     strict: bool,
     held: Sequence[Held],
     world: World,
+    reading: Store | None = None,
 ) -> Resumption:
     """Restore the objects from one snapshot; where it is `held` in an arena it is taken from there, verified,
-    and from the store where it is not. Raises as `bring_back` does."""
+    and from the store where it is not; `reading` is how to read that, if not as it is. Raises as `bring_back`
+    does."""
     parts = chain.manifests(snapshot)
     manifest = joined(snapshot, parts)
     mine = world.rank % len(parts)
@@ -114,7 +117,7 @@ def restored(
     arena = next((one.memory for one in held if snapshot.id == one.snapshot or name == one.manifest), None)
     first = sum(len(part.regions) for part in parts[:mine])
     own = range(first, first + len(parts[mine].regions))
-    reader = Reader(chain.store)
+    reader = Reader(reading or chain.store)
     remarks: list[str] = []
 
     taken = 0

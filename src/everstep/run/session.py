@@ -292,7 +292,11 @@ class Run:
 
     def _restored(self, held: list[Held], chain: Chain, snapshot: Snapshot) -> resume.Resumption:
         """The objects as one snapshot has them."""
-        return resume.restored(chain, snapshot, self._objects, self._settings.strict, held, self._world)
+        own = chain.store is self.chain.store
+        reading = self._keeper.reading(chain.store) if own else chain.store
+        return resume.restored(
+            chain, snapshot, self._objects, self._settings.strict, held, self._world, reading
+        )
 
     def _resumption(self, restored: resume.Restore) -> resume.Resumption | None:
         """The objects as the snapshot has them that the branch goes on from."""

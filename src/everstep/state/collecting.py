@@ -160,9 +160,9 @@ class Collector:
         tree: dict[str, Value] = {OBJECTS: {name: trees[name] for name in objects}, RUN: run}
         if self._world.is_alone:
             return Collected({**leaves, **own}, sorts, tree)
-        if anew:
-            self._sharing.find_out(anew, told, sorts)
         steady = {*modules(objects), *optimizers(objects)}
+        if anew:
+            self._sharing.find_out(anew, told, sorts, steady)
         written = self._sharing.written({**told, "": own}, sorts, steady)
         for name in objects:
             renamed_leaves = written.names.keys() & told[name].keys()

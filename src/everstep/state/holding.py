@@ -21,9 +21,9 @@ import zstandard
 from blake3 import blake3
 
 from everstep.errors import Damaged
-from everstep.format.layout import Kin, item_bytes
+from everstep.format.layout import Box, Kin, item_bytes
 from everstep.format.manifest import OWN
-from everstep.state.sharding import Box, Shape, Spec, boxes_of, elements, table, whole
+from everstep.state.sharding import Shape, Spec, boxes_of, elements, table, whole
 from everstep.state.spreading import Holders, level, spread
 from everstep.state.world import World
 

@@ -20,11 +20,10 @@ import torch
 
 from everstep.errors import Damaged
 from everstep.format.chunk import aligned
-from everstep.format.layout import SLICE_ALIGNMENT_BYTES, SMALL_BYTES, item_bytes
+from everstep.format.layout import SLICE_ALIGNMENT_BYTES, SMALL_BYTES, Box, item_bytes
 from everstep.format.manifest import Manifest, StoredLeaf, StoredSlice
 from everstep.state.devices import Accelerator, accelerator_of
 from everstep.state.sharding import (
-    Box,
     boxes_of,
     is_sharded,
     local,
@@ -281,6 +280,10 @@ def _of_array(leaf: StoredLeaf, array: np.ndarray[Any, Any]) -> Iterator[tuple[i
 
 def _parts(leaf: StoredLeaf, tensor: torch.Tensor, rank: int | None) -> Iterator[_Part]:
     """What a tensor, or this rank's part of one, takes of each slice of a leaf."""
+    if leaf.whole is not None and not is_sharded(tensor):
+        if tensor.numel():
+            yield _Part(tensor.detach(), leaf.whole.region, leaf.whole.offset)
+        return
     if is_sharded(tensor):
         at = tensor.device_mesh.get_rank() if rank is None else rank
         boxes = boxes_of(leaf.shape, spec_of(leaf.name, tensor, at), at)

@@ -10,7 +10,6 @@ a reason why that is not all (`_Restoration.moved`).
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -19,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from everstep.errors import Damaged, EverstepError, Mismatch, NotFound, Unsupported
+from everstep.errors import Damaged, EverstepError, Mismatch, NotFound
 from everstep.format.manifest import CONFIG, OBJECTS, OWN, RUN, Manifest
 from everstep.format.values import Leaf, Value
 from everstep.state import leaves, rng
 from everstep.state.leaves import Fill, stored_leaf
+from everstep.state.live import keep_dtypes, live_leaves, replace_contents, sharded_leaves, state_places
 from everstep.state.numbering import is_by_name, numbered
 from everstep.state.objects import (
     both_names,
@@ -31,11 +31,11 @@ from everstep.state.objects import (
     is_stateful,
     module_key,
     optimizer_parameters,
-    snapshot_of,
     trained,
 )
-from everstep.state.sharding import is_sharded, local, may_be_sharded, sharded_like
-from everstep.state.tree import Leaves, Tensorlike, dtype_name, flatten, join, leaf_names, located, unflatten
+from everstep.state.sharding import is_sharded, local, sharded_like
+from everstep.state.sorts import memory
+from everstep.state.tree import Leaves, Tensorlike, dtype_name, join, leaf_names, located, unflatten
 from everstep.state.world import World
 
 
@@ -247,7 +247,7 @@ class _Restoration:
         taken = [path for path in held if self._wants(path)]
         if isinstance(value, torch.nn.Module):
             extras = [join(name, module_key(key)) for key in value.state_dict()]
-            return any(map(self._wants, (*taken, *_live_leaves(name, value), *extras)))
+            return any(map(self._wants, (*taken, *live_leaves(name, value), *extras)))
         if taken and len(taken) < len(held):
             raise Mismatch(
                 f"{self.only!r} fits {len(taken)} of the {len(held)} leaves of {name}; only a module can be "
@@ -315,15 +315,19 @@ class _Restoration:
             if isinstance(value, torch.optim.lr_scheduler.LRScheduler):
                 self._check_keys(name, value)
             self._check_kind(name, value)
-            likes = _sharded_leaves(name, value)
+            likes = sharded_leaves(name, value)
             for path, leaf in located(name, self.saved[name]):
                 self._new_like(leaf, likes.get(path, leaves.CPU))
 
     def _check_module(self, name: str, module: torch.nn.Module) -> None:
-        live = {path: one for path, one in _live_leaves(name, module).items() if self._wants(path)}
+        live = {path: one for path, one in live_leaves(name, module).items() if self._wants(path)}
         saved = {path: leaf for path, leaf in located(name, self.saved[name]) if self._wants(path)}
         fix = "build the model that the snapshot was taken of"
-        self._lacks("the snapshot has no leaf {}", [path for path in live if path not in saved], fix)
+        # What shares its memory with a leaf that is there comes back with it (tied weights): not all who
+        # write states write both names.
+        held = {memory(local(live[path])) for path in saved if path in live} - {None}
+        missing = [path for path in live if path not in saved and memory(local(live[path])) not in held]
+        self._lacks("the snapshot has no leaf {}", missing, fix)
         if not self.many:
             self._lacks(
                 "the snapshot holds {}, which the model has not",
@@ -377,8 +381,8 @@ class _Restoration:
                 kept="nothing was touched",
                 next="build the optimizer that the snapshot was taken of",
             )
-        live = _live_leaves(name, optimizer)
-        places = _state_places(saved, optimizer)
+        live = live_leaves(name, optimizer)
+        places = state_places(saved, optimizer)
         states = join(name, "state") + "/"
         held = dict(located(name, saved))
         self._refuse_own({path: leaf for path, leaf in held.items() if path.startswith(states)})
@@ -449,7 +453,7 @@ class _Restoration:
         try:
             if isinstance(value, torch.optim.Optimizer):
                 value.load_state_dict(state)
-                _keep_dtypes(value, state)
+                keep_dtypes(value, state)
             elif is_stateful(value):
                 value.load_state_dict(state)  # type: ignore[attr-defined]
             elif rng.is_generator(value):
@@ -457,7 +461,7 @@ class _Restoration:
                 if self._is_new_rank():
                     rng.reseed(value, state, self.world.rank)
             elif is_container(value):
-                _replace(value, state)
+                replace_contents(value, state)
         except EverstepError:
             raise
         except Exception as error:
@@ -512,25 +516,6 @@ class _Restoration:
                     parameter.grad = None if gradient is None else gradient.to(parameter.device)
 
 
-def _live_leaves(name: str, value: Any) -> Leaves:
-    leaves: Leaves = {}
-    state = value.state_dict()
-    if isinstance(value, torch.nn.Module):
-        state = {module_key(key): item for key, item in state.items()}
-    flatten(name, state, leaves)
-    return leaves
-
-
-def _sharded_leaves(name: str, value: object) -> dict[str, torch.Tensor]:
-    """The DTensors in the state of an object, which gets others like them."""
-    live: Leaves = {}
-    if may_be_sharded() and (is_stateful(value) or is_container(value)):
-        # What cannot be stored is not for a restore to refuse.
-        with contextlib.suppress(Unsupported):
-            flatten(name, snapshot_of(value), live)
-    return {path: one for path, one in live.items() if isinstance(one, torch.Tensor) and is_sharded(one)}
-
-
 def _shape(leaf: str, tensor: Tensorlike) -> tuple[int, ...]:
     """That which a leaf must have to be read into a tensor."""
     return tuple((local(tensor) if leaf.startswith(OWN) else tensor).shape)
@@ -540,43 +525,6 @@ def is_plain(value: object) -> bool:
     """Whether it cannot be restored in place: it comes back as a value."""
     special = is_stateful(value) or rng.is_generator(value) or is_container(value)
     return not special and not isinstance(value, torch.Tensor | np.ndarray)
-
-
-def _state_places(saved: Any, optimizer: torch.optim.Optimizer) -> dict[str, leaves.Like]:
-    """Where an optimizer's own `load_state_dict` puts the state of each parameter: read to there at once, a
-    state on a device needs no copy of itself on the host. It lies as its parameter does, for so the optimizer
-    has made it (`zeros_like`)."""
-    state = saved.get("state")
-    places: dict[str, leaves.Like] = {}
-    for number, parameter in enumerate(trained(optimizer)):
-        kept = state.get(number) if isinstance(state, dict) else None
-        for key, value in kept.items() if isinstance(kept, dict) else ():
-            if key != "step":
-                places.update(dict.fromkeys(leaf_names(value), parameter.detach()))
-    return places
-
-
-def _keep_dtypes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """`Optimizer.load_state_dict` casts state to its parameter's dtype, which loses bits of a state that is
-    kept in another one: put the tensors back as they were saved."""
-    for number, parameter in enumerate(trained(optimizer)):
-        for key, saved in state["state"].get(number, {}).items():
-            loaded = optimizer.state[parameter].get(key)
-            if (
-                isinstance(saved, torch.Tensor)
-                and isinstance(loaded, torch.Tensor)
-                and saved.dtype != loaded.dtype
-            ):
-                optimizer.state[parameter][key] = saved.to(loaded.device)
-
-
-def _replace(container: Any, state: Any) -> None:
-    """Give a dict, list or set the contents of another, in place."""
-    container.clear()
-    if isinstance(container, list):
-        container.extend(state)
-    else:
-        container.update(state)
 
 
 def _shown(fact: object) -> str:

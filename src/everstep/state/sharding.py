@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 import torch
 
 from everstep.errors import Unsupported
+from everstep.format.layout import Box
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 _MODULE = "torch.distributed.tensor"
 
 Shape: TypeAlias = "tuple[int, ...]"
-
-Box: TypeAlias = "tuple[Shape, Shape]"
-"""(at, extent)."""
 
 Run: TypeAlias = "tuple[int, int]"
 """Where elements of a dimension begin that follow on each other, and how many they are."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -12,12 +12,12 @@ from typing import TypeAlias
 import torch
 from blake3 import blake3
 
+from everstep.format.layout import Box
 from everstep.format.manifest import OWN
 from everstep.state.copying import bytes_of
 from everstep.state.holding import Held, Holdings, Offer, Row, find_out, own_name
 from everstep.state.samples import Samples
 from everstep.state.sharding import (
-    Box,
     Shape,
     elements,
     is_sharded,
@@ -35,6 +35,9 @@ from everstep.state.world import World
 
 _PIECE_BYTES = 16 * 1024 * 1024
 _DIGEST_BYTES = 8
+
+PATIENCE = 2
+"""So many times it is found out anew who holds what because of the same leaf, or the same object."""
 
 
 @dataclass(frozen=True)
@@ -68,26 +71,41 @@ class Written:
 
 
 class Sharing:
-    """Knows, from one look at a state to the next, what this rank writes of it."""
+    """Knows, from one look at a state to the next, what this rank writes of it.
+
+    What becomes another thing again and again is not found out about again and again: a leaf that has
+    changed its shape since, `PATIENCE` times, is this rank's own from then on; so are new leaves of an
+    object that had new ones as often. Of what is neither a module nor an optimizer once is enough.
+    """
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._holdings = Holdings()
-        self._restless: set[str] = set()
-        """Leaves, of neither modules nor optimizers, that have changed their shape: they stay this rank's
-        own."""
-
         self._lasting: _Lasting | None = None
+        self._changed: set[str] = set()
+        self._grown: set[str] = set()
+        self._changes: Counter[str] = Counter()
+        """How often leaves have changed, and objects grown, each time since it was last found out who holds
+        what."""
 
-    def find_out(self, key: str, told: Mapping[str, Leaves], sorts: Sorts) -> None:
+    def find_out(self, key: str, told: Mapping[str, Leaves], sorts: Sorts, steady: Collection[str]) -> None:
         """Find out together who holds what. Reads what other ranks may hold too, and blocks until all have.
 
         Args:
             key: the same on all ranks, and new.
             told: the leaves of each object.
             sorts: theirs.
+            steady: see `written`.
         """
-        made = offer(told, sorts, self._restless | self._holdings.parted, self._world)
+        self._changes.update(self._changed | self._grown)
+        self._changed, self._grown = set(), set()
+        own = {
+            leaf
+            for name, leaves in told.items()
+            for leaf in self._changes.keys() & leaves.keys()
+            if self._changes[leaf] >= (PATIENCE if name in steady else 1)
+        }
+        made = offer(told, sorts, own | self._holdings.parted, self._world)
         # Until it is found out: others may have found it out although this rank has not.
         former, self._holdings = self._holdings, replace(self._holdings, found=b"")
         self._lasting = None
@@ -99,7 +117,8 @@ class Sharing:
         Args:
             told: the leaves of each object.
             sorts: theirs.
-            steady: the objects of which a leaf that nobody was told of may be missed by others.
+            steady: modules and optimizers: a leaf of theirs that nobody was told of would be written by
+                each rank, as its own.
         """
         known = self._lasting
         if known is None or known.sorts is not sorts:
@@ -107,14 +126,20 @@ class Sharing:
         made = known.made.copy()
         passing: Leaves = {}
         for name, leaves in told.items():
+            if name in steady and leaves.keys() <= sorts.lasting:
+                continue
             for leaf, tensor in leaves.items():
                 if leaf not in sorts.lasting:
                     passing[leaf] = tensor
-                    made.add(leaf, tensor, is_steady=name in steady)
-        self._restless.update(made.restless)
+                    made.add(leaf, tensor)
+        news = known.news | (made.news & passing.keys())
+        grown = {name for name in steady if news and not told[name].keys().isdisjoint(news)}
+        self._changed |= made.changed
+        self._grown |= grown
         found = self._holdings.found
+        fits = bool(found) and not made.changed and known.missing <= passing.keys()
+        fits = fits and all(self._changes[name] >= PATIENCE for name in grown)
         watch = Watch([*known.watched, *_watched(self._holdings, passing, sorts)], found)
-        fits = bool(found) and made.fits
         return Written(made.leaves, made.places, known.translated, made.names, fits, watch)
 
     def _begin(self, told: Mapping[str, Leaves], sorts: Sorts) -> _Lasting:
@@ -126,37 +151,49 @@ class Sharing:
             if leaf in sorts.lasting
         }
         for leaf, tensor in lasting.items():
-            made.add(leaf, tensor, is_steady=True)
+            made.add(leaf, tensor)
         translated = _translated(sorts, partial(_labels, self._holdings, self._world.rank))
-        return _Lasting(sorts, made, translated, list(_watched(self._holdings, lasting, sorts)))
+        watched = list(_watched(self._holdings, lasting, sorts))
+        shared = {leaf for leaf, held in self._holdings.held.items() if not held.row.own}
+        return _Lasting(sorts, made, translated, watched, frozenset(made.news), shared - lasting.keys())
 
 
 @dataclass
 class _Making:
-    """What is written, leaf by leaf."""
+    """What is written, leaf by leaf.
+
+    Attributes:
+        changed: leaves that are not what others were told.
+        news: those that nobody was told of.
+    """
 
     rank: int
     holdings: Holdings
     leaves: Leaves = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
-    restless: set[str] = field(default_factory=set)
-    fits: bool = True
+    changed: set[str] = field(default_factory=set)
+    news: set[str] = field(default_factory=set)
 
     def copy(self) -> _Making:
         return replace(
-            self, leaves=dict(self.leaves), places=dict(self.places), names=dict(self.names), restless=set()
+            self,
+            leaves=dict(self.leaves),
+            places=dict(self.places),
+            names=dict(self.names),
+            changed=set(self.changed),
+            news=set(),
         )
 
-    def add(self, leaf: str, tensor: Tensorlike, *, is_steady: bool) -> None:
+    def add(self, leaf: str, tensor: Tensorlike) -> None:
         held = self.holdings.held.get(leaf)
         if leaf.startswith(OWN):
             self.leaves[leaf] = local(tensor)
         elif held is None or held.row.own or not _is_still(held, tensor, self.rank):
-            expected = held is None or held.row.own
-            self.fits = self.fits and expected and (held is not None or not is_steady)
-            if not expected and not is_steady:
-                self.restless.add(leaf)
+            if held is None:
+                self.news.add(leaf)
+            elif not held.row.own:
+                self.changed.add(leaf)
             self.names[leaf] = own_name(self.rank, leaf)
             self.leaves[self.names[leaf]] = local(tensor)
         elif held.owner is not None:
@@ -179,12 +216,15 @@ class _Making:
 
 @dataclass(frozen=True)
 class _Lasting:
-    """What is written of the leaves that are the same tensors as long as `sorts` is the same object."""
+    """What is written of the leaves that are the same tensors as long as `sorts` is the same object.
+    `missing` are leaves that others know of and that are not among them."""
 
     sorts: Sorts
     made: _Making
     translated: Sorts
     watched: list[_Watched]
+    news: frozenset[str]
+    missing: set[str]
 
 
 def _is_still(held: Held, tensor: Tensorlike, rank: int) -> bool:

@@ -6,8 +6,7 @@ import heapq
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from everstep.format.layout import SMALL_BYTES
-from everstep.state.sharding import Box
+from everstep.format.layout import SMALL_BYTES, Box
 
 Holders: TypeAlias = "tuple[int, ...]"
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from everstep.errors import Damaged, Unsupported
 from everstep.format.layout import item_bytes
+from everstep.format.naming import join as join
 from everstep.format.values import Leaf, Scalar, Symbol, Value
 from everstep.state.sharding import is_sharded, local
 
@@ -27,14 +28,6 @@ _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
 _MAPPINGS: tuple[type, ...] = (dict, OrderedDict, Counter, defaultdict)
 _SEQUENCES: tuple[type, ...] = (list, tuple, set, frozenset)
 _SCALAR_KINDS = "biufcSUmM"
-
-
-def join(path: str, key: object) -> str:
-    """The name of what lies under `key` at `path`."""
-    part = str(key)
-    if "~" in part or "/" in part or not part:
-        part = part.replace("~", "~0").replace("/", "~1") or "~2"
-    return f"{path}/{part}" if path else part
 
 
 def dtype_name(tensor: Tensorlike) -> str:
