@@ -10,6 +10,7 @@ Importing this imports no torch: reading a chain needs none.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from everstep.version import __version__ as __version__
 if TYPE_CHECKING:
     import torch
 
+    from everstep import dcp as dcp
     from everstep.run.loading import Loaded
     from everstep.run.session import Run
 
@@ -150,6 +152,13 @@ def open(
         approximate_data,
     ).overridden()
     return (many.open_with_others(chosen) or session.Run)(chosen, objects, data, config=config, chains=Chain)
+
+
+def __getattr__(name: str) -> Any:
+    """`everstep.dcp`, which imports torch.distributed, is there when it is asked for."""
+    if name == "dcp":
+        return import_module("everstep.dcp")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _plain(place: str | PathLike[str] | Store) -> str | Store:

@@ -207,13 +207,14 @@ class Failed:
 
 @dataclass(frozen=True)
 class Away:
-    """The store does not answer. Training goes on, and its newest state waits in memory until it does."""
+    """A snapshot cannot be stored now: the store does not answer, or other ranks have no part of it. Training
+    goes on, and its newest state waits in memory until it can be."""
 
     step: int
     why: str
 
     def __str__(self) -> str:
-        kept = "training goes on, and its newest state waits in memory for the store to be back"
+        kept = "training goes on, and its newest state waits in memory until it can be"
         return f"step {self.step} is not stored: {self.why}; {kept}"
 
 

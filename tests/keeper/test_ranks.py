@@ -335,3 +335,21 @@ def test_hurry_makes_the_deadline_come_sooner(store: Held) -> None:
     assert done.wait(DEADLINE_S)
     assert isinstance(told[0], Unavailable)
     joins.close()
+
+
+def test_hurry_that_is_over_before_the_wait_begins(store: Held) -> None:
+    now = [100.0]
+    told: list[Exception | None] = []
+    done = threading.Event()
+
+    def then(parts: list[object], error: Exception | None) -> None:
+        told.append(error)
+        done.set()
+
+    joins = joining.Joining(Chain(store), 2, 600.0, lambda: now[0])
+    joins.hurry()
+    now[0] += joining.HURRY_S
+    joins.put(joining.Take("main", 1, 1), then)  # type: ignore[arg-type]
+    assert done.wait(DEADLINE_S)
+    assert isinstance(told[0], Unavailable)
+    joins.close()

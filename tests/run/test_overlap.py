@@ -192,9 +192,9 @@ def test_what_was_handed_over_and_is_not_agreed_on_becomes_no_snapshot(
     store: Any = MemoryStore() if keeper == "thread" else LocalStore(tmp_path / "chain")
     why, asked = "", []
 
-    def agree(sample: bytes) -> str:
+    def agree(sample: bytes, then: Callable[[str], None]) -> None:
         asked.append([one.step for one in loop.snapshots()])
-        return why
+        then(why)
 
     monkeypatch.setattr(Run, "_agree_of", lambda run, number: agree)
     monkeypatch.setattr(steplog, "SEAL_S", 0.0)

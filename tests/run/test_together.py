@@ -201,7 +201,7 @@ def test_ranks_at_paces_of_their_own_take_the_same_steps(store: Any, seed: int, 
         assert {41, 91, 141, 191, 241} <= {step for _, step in first.taken}, "those that were wished for"
     assert all(one.taken == first.taken for one in trainers)
     assert [one.last for one in trainers] == [None] * 4, "nobody wanted a last one"
-    assert all(one.warned == [] and one.news == [] for one in trainers)
+    assert [(one.warned, one.news) for one in trainers] == [([], [])] * 4
     _end_all(ranks.each)
 
 

@@ -194,6 +194,32 @@ def test_pieces_cover_a_tensor_once_and_in_order(
         assert [begin % limit for begin in begins[1:]] == [0] * (len(pieces) - 1)
 
 
+@settings(max_examples=examples(200), deadline=None)
+@given(st.data(), st.lists(st.integers(1, 12), max_size=3), st.sampled_from([512, 4096]), st.booleans())
+def test_boxes_go_to_tensors_of_any_order_and_dtype(
+    data: st.DataObject, shape: list[int], stage_bytes: int, far: bool
+) -> None:
+    """Also of a part of a tensor, of which the rest stays as it is."""
+    whole = torch.arange(1, 1 + math.prod(shape), dtype=torch.float32).reshape(shape)
+    made = stored({"w": whole, "other": 1}, grid_bytes=512)
+    begin = tuple(data.draw(st.integers(0, size - 1)) for size in shape)
+    sizes = tuple(data.draw(st.integers(1, size - at)) for size, at in zip(shape, begin, strict=True))
+    order = data.draw(st.permutations(range(len(shape))))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    padded = torch.zeros([sizes[n] + 1 for n in order], dtype=dtype)
+    inverse = [order.index(n) for n in range(len(shape))]
+    tensor = padded.permute(inverse)[tuple(slice(0, size) for size in sizes)]
+    (place,) = made.manifest.by_name["w"].slices
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leaves, "STAGE_BYTES", stage_bytes)
+        patch.setattr(leaves, "STRETCH_BYTES", 16 if far else 4096)
+        wanted = leaves.Wanted(place, torch.float32, begin, tensor)
+        leaves.read_boxes(made.manifest, made.fill, [wanted])
+    expected = whole[tuple(slice(a, a + s) for a, s in zip(begin, sizes, strict=True))]
+    assert torch.equal(tensor, expected.to(dtype))
+    assert padded.count_nonzero() == math.prod(sizes)
+
+
 def test_small_leaves_share_a_stage() -> None:
     state = {str(number): torch.randn(number + 2) for number in range(200)}
     made = stored({"x": state})

@@ -166,6 +166,11 @@ class Writer:
     def encodings(self, encodings: Encodings) -> None:
         self._encoder.encodings = encodings
 
+    @property
+    def stored(self) -> Manifest | None:
+        """The manifest of what `store_part` has stored last: to build on, if another writer commits it."""
+        return None if self._stored is None else self._stored.manifest
+
     def build_on(self, manifest: Manifest) -> None:
         """Chunks of this manifest need not be written again: only for one whose chunks are known good."""
         self._recent.append(manifest)

@@ -76,8 +76,9 @@ class Joining:
             found: list[Part] = []
             failed: Exception | None = None
             try:
+                clock = _Clock(self)
                 found = parts.gather(
-                    self._chain, wanted.take, self._ranks, self._deadline_s, self._now, self._wait
+                    self._chain, wanted.take, self._ranks, self._deadline_s, clock.now, self._wait
                 )
             except Unavailable as error:
                 error.away = True
@@ -94,11 +95,27 @@ class Joining:
             wanted.then(found, failed)
             del wanted, found, failed
 
-    def _now(self) -> float:
-        """The deadline's clock: it has passed all of a sudden when there was hurry for long enough."""
-        now = self._clock()
-        return now + self._deadline_s if self._hurried.is_set() and now >= self._until else now
+    @property
+    def _is_over(self) -> bool:
+        """Whether there was hurry for long enough."""
+        return self._hurried.is_set() and self._clock() >= self._until
 
     def _wait(self, seconds: float) -> None:
         if self._hurried.wait(seconds):
             time.sleep(min(seconds, max(self._until - self._clock(), 0.0)))
+
+
+class _Clock:
+    """A take's: the deadline has passed all of a sudden when there was hurry for long enough, whether that
+    began before the take is waited for or later."""
+
+    def __init__(self, joining: Joining) -> None:
+        self._joining = joining
+        self._begun: float | None = None
+
+    def now(self) -> float:
+        now = self._joining._clock()
+        if self._begun is None:
+            self._begun = now
+            return now
+        return max(now, self._begun + self._joining._deadline_s) if self._joining._is_over else now

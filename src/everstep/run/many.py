@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -23,6 +24,7 @@ from everstep.run.session import Clock, Run
 from everstep.run.settings import Settings
 from everstep.run.signals import EXIT_STATUS
 from everstep.run.starting import Return, Start
+from everstep.run.taking import Agree
 from everstep.state.collecting import Collected
 from everstep.state.sharing import have_parted
 from everstep.state.workers import let_workers_end_with_the_process
@@ -213,18 +215,31 @@ class RunOfMany(Run):
                 self._emit(Warned(f"the ranks do not know yet who holds what: {error}"))
         super()._prepare()
 
-    def _agree_of(self, number: int) -> Callable[[bytes], str]:
-        def agree(sample: bytes) -> str:
-            try:
-                parted = have_parted(self._together.samples(number, sample))
-            except Unavailable as error:
-                return error.problem
-            if not parted:
-                return ""
-            self._together.became(Became(number, problem=PARTED, parted=True))
-            return PARTED
+    def _agree_of(self, number: int) -> Agree:
+        """Rank 0 waits for what the others captured, in a thread of its own, and makes nothing of it where
+        they part; the others leave that to it."""
+
+        def agree(sample: bytes, then: Callable[[str], None]) -> None:
+            if not self._together.leads:
+                self._together.samples(number, sample)
+                then("")
+                return
+            thread = threading.Thread(
+                target=lambda: then(self._parted(number, sample)), name="everstep-agree", daemon=True
+            )
+            thread.start()
 
         return agree
+
+    def _parted(self, number: int, sample: bytes) -> str:
+        try:
+            parted = have_parted(self._together.samples(number, sample))
+        except Unavailable as error:
+            return error.problem
+        if not parted:
+            return ""
+        self._together.became(Became(number, problem=PARTED, parted=True))
+        return PARTED
 
     def _not_taken(self, one: Declined) -> None:
         self._asked_time = False

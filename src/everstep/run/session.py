@@ -48,7 +48,7 @@ from everstep.run.repeat import Repeat
 from everstep.run.settings import Settings
 from everstep.run.signals import EXIT_STATUS, Signals
 from everstep.run.starting import Return, Start
-from everstep.run.taking import Occasion, Taking
+from everstep.run.taking import Agree, Occasion, Taking
 from everstep.state import rng
 from everstep.state.collecting import Collected, Collector
 from everstep.state.data import Track, track
@@ -664,9 +664,9 @@ class Run:
             self._agree_of(number),
         )
 
-    def _agree_of(self, number: int) -> Callable[[bytes], str]:
+    def _agree_of(self, number: int) -> Agree:
         """See `Occasion.agree`."""
-        return lambda sample: ""
+        return lambda sample, then: then("")
 
     def _metrics(self) -> Callable[[], dict[str, Number]]:
         """Those of the newest step, which an accelerator may still be at work on."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import TypeAlias
 
 from everstep.chain.steplog import EndedJournal
 from everstep.chain.writer import Facts
@@ -25,6 +26,9 @@ from everstep.state.copying import copy_range
 Collect = Callable[[], Collected]
 
 
+Agree: TypeAlias = Callable[[bytes, Callable[[str], None]], None]
+
+
 @dataclass(frozen=True)
 class Occasion:
     """Why and of what a snapshot is taken.
@@ -37,8 +41,8 @@ class Occasion:
         pending: of somebody who waits for it, and for room too; None for a trigger, which is skipped.
         overlap: what only an optimizer's step changes may be copied beside the loop.
         number: that of the take, where several ranks have agreed on it; else 0.
-        agree: of several ranks, is given a sample of what was captured, and says why nothing may be made of
-            it; "" where it may. May wait for other ranks, so it is called beside the loop.
+        agree: of several ranks, is given a sample of what was captured, and tells, now or later and in
+            whatever thread, why nothing may be made of it; "" where it may.
     """
 
     facts: Facts
@@ -48,7 +52,7 @@ class Occasion:
     pending: Pending | None
     overlap: bool
     number: int = 0
-    agree: Callable[[bytes], str] = lambda sample: ""
+    agree: Agree = lambda sample, then: then("")
 
 
 class Taking:
@@ -252,7 +256,9 @@ class Taking:
 
     def _conclude(self, job: Job, occasion: Occasion, sample: bytes) -> None:
         """All of it is there: it may become a snapshot, or nothing."""
-        why = occasion.agree(sample)
+        occasion.agree(sample, partial(self._agreed, job))
+
+    def _agreed(self, job: Job, why: str) -> None:
         if not why:
             self._keeper.end(job)
             return

@@ -12,7 +12,7 @@ import threading
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias, TypeGuard
 
 import numpy as np
@@ -171,24 +171,30 @@ def _numpy_dtype(leaf: StoredLeaf) -> np.dtype[Any]:
 @dataclass(frozen=True)
 class _Part:
     """A tensor, or a part of one, and where its bytes lie in the snapshot: one after the other; or, where
-    there are `strides` (in elements), with others between them."""
+    there are `strides` (in elements), with others between them. `dtype` is what is stored, where that is
+    another than the tensor's: then it is converted."""
 
     tensor: torch.Tensor
     region: int
     offset: int
     strides: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def item_bytes(self) -> int:
+        return self.tensor.itemsize if self.dtype is None else self.dtype.itemsize
 
     @property
     def size_bytes(self) -> int:
         """What is to be read for it."""
         if self.strides is None:
-            return self.tensor.numel() * self.tensor.itemsize
+            return self.tensor.numel() * self.item_bytes
         last = sum((size - 1) * stride for size, stride in zip(self.tensor.shape, self.strides, strict=True))
-        return (last + 1) * self.tensor.itemsize
+        return (last + 1) * self.item_bytes
 
     def source(self, stage: torch.Tensor) -> torch.Tensor:
         """Its elements, out of what was read for it."""
-        elements = stage.view(self.tensor.dtype)
+        elements = stage.view(self.dtype or self.tensor.dtype)
         if self.strides is None:
             return elements.view(self.tensor.shape)
         return elements.as_strided(self.tensor.shape, self.strides)
@@ -233,11 +239,8 @@ def read(
     and that only if there are tensors which cannot be read into. Raises Damaged: some are overwritten then,
     with verified bytes or with none.
     """
-    carrier_of = carrier_of or _Carriers()
-    gathered = HostCarrier()
     targets: list[tuple[int, int, memoryview]] = []
-    staged: dict[Carrier, list[_Part]] = defaultdict(list)
-    seen: set[tuple[object, ...]] = set()
+    parts: list[_Part] = []
     aside: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
     for name, tensor in destinations.items():
         leaf = stored_leaf(manifest, name)
@@ -248,23 +251,64 @@ def read(
                 aside.append((tensor, array))
             targets += _of_array(leaf, array)
             continue
-        for part in _parts(leaf, tensor, rank):
-            if _is_twin(part, seen):
-                continue
-            carrier = carrier_of(part.tensor)
-            if carrier is not None:
-                staged[carrier].append(part)
-            elif part.strides is None:
-                targets.append((part.region, part.offset, _memory(part.tensor)))
-            else:
-                staged[gathered].append(part)
+        parts += _parts(leaf, tensor, rank)
+    _read_parts(manifest, fill, parts, targets, carrier_of)
+    for array, made in aside:
+        np.copyto(array, made)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A tensor that takes a box of a slice, whose shape it has: `begin` is where in the slice that begins.
+    The tensor's dtype may be another than `dtype`, what is stored: then it is converted, as `copy_` does."""
+
+    place: StoredSlice
+    dtype: torch.dtype
+    begin: tuple[int, ...]
+    tensor: torch.Tensor
+
+
+def read_boxes(
+    manifest: Manifest, fill: Fill, wanted: Iterable[Wanted], carrier_of: CarrierOf | None = None
+) -> None:
+    """Fill tensors with boxes of slices; else as `read`."""
+    parts: list[_Part] = []
+    for one in wanted:
+        tensor = one.tensor.detach()
+        if tensor.numel():
+            at = tuple(a + b for a, b in zip(one.place.at, one.begin, strict=True))
+            dtype = None if tensor.dtype == one.dtype else one.dtype
+            parts += _of_slice(one.place, (at, tuple(tensor.shape)), tensor, dtype)
+    _read_parts(manifest, fill, parts, [], carrier_of)
+
+
+def _read_parts(
+    manifest: Manifest,
+    fill: Fill,
+    parts: Iterable[_Part],
+    targets: list[tuple[int, int, memoryview]],
+    carrier_of: CarrierOf | None,
+) -> None:
+    """Read parts, each to where it belongs, and what is to be read straight to `targets`."""
+    carrier_of = carrier_of or _Carriers()
+    gathered = HostCarrier()
+    staged: dict[Carrier, list[_Part]] = defaultdict(list)
+    seen: set[tuple[object, ...]] = set()
+    for part in parts:
+        if _is_twin(part, seen):
+            continue
+        carrier = carrier_of(part.tensor)
+        if carrier is not None:
+            staged[carrier].append(part)
+        elif part.strides is None and part.dtype is None:
+            targets.append((part.region, part.offset, _memory(part.tensor)))
+        else:
+            staged[gathered].append(part)
     if targets:
         fill(targets)
     limit = max(STAGE_BYTES, manifest.grid_bytes)
-    for carrier, parts in staged.items():
-        _through_stages(fill, carrier, list(_loads(parts, limit)), limit)
-    for array, made in aside:
-        np.copyto(array, made)
+    for carrier, some in staged.items():
+        _through_stages(fill, carrier, list(_loads(some, limit)), limit)
 
 
 def _of_array(leaf: StoredLeaf, array: np.ndarray[Any, Any]) -> Iterator[tuple[int, int, memoryview]]:
@@ -309,24 +353,27 @@ def _near(slices: Sequence[StoredSlice], box: Box) -> Sequence[StoredSlice]:
     return slices[first : bisect_left(slices, end, key=lambda one: one.at[0])]
 
 
-def _of_slice(place: StoredSlice, part: Box, tensor: torch.Tensor) -> Iterator[_Part]:
-    """How the `part` of a slice gets into `tensor`, which has its shape."""
+def _of_slice(
+    place: StoredSlice, part: Box, tensor: torch.Tensor, dtype: torch.dtype | None = None
+) -> Iterator[_Part]:
+    """How the `part` of a slice gets into `tensor`, which has its shape; for `dtype` see `_Part`."""
+    item_bytes = tensor.itemsize if dtype is None else dtype.itemsize
     strides = _strides(place.extent)
     start = sum((at - begin) * stride for at, begin, stride in zip(part[0], place.at, strides, strict=True))
-    offset = place.offset + start * tensor.itemsize
+    offset = place.offset + start * item_bytes
     # From the innermost dimension on as far as all of the slice is wanted, and one more: that is a stretch.
     dim = len(part[1])
     while dim > 0 and part[1][dim - 1] == place.extent[dim - 1]:
         dim -= 1
     outer = max(dim - 1, 0)
     if all(size == 1 for size in part[1][:outer]):
-        yield _Part(tensor, place.region, offset)
-    elif math.prod(part[1][outer:]) * tensor.itemsize >= STRETCH_BYTES:
+        yield _Part(tensor, place.region, offset, None, dtype)
+    elif math.prod(part[1][outer:]) * item_bytes >= STRETCH_BYTES:
         for index in itertools.product(*map(range, part[1][:outer])):
             further = sum(number * stride for number, stride in zip(index, strides, strict=False))
-            yield _Part(tensor[index], place.region, offset + further * tensor.itemsize)
+            yield _Part(tensor[index], place.region, offset + further * item_bytes, None, dtype)
     else:
-        yield _Part(tensor, place.region, offset, strides)
+        yield _Part(tensor, place.region, offset, strides, dtype)
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -379,7 +426,7 @@ def _spaced(size_bytes: int) -> int:
 
 def _pieces(part: _Part, limit: int) -> Iterator[_Part]:
     """A part in pieces of `limit` bytes at most; they end where chunks do, as far as its memory allows."""
-    tensor, item = part.tensor, part.tensor.itemsize
+    tensor, item = part.tensor, part.item_bytes
     if part.size_bytes <= limit:
         yield part
     elif part.strides is not None:
@@ -388,7 +435,7 @@ def _pieces(part: _Part, limit: int) -> Iterator[_Part]:
         flat, start = tensor.view(-1), 0
         while start < part.size_bytes:
             end = min(part.size_bytes, (part.offset + start) // limit * limit + limit - part.offset)
-            yield _Part(flat[start // item : end // item], part.region, part.offset + start)
+            yield replace(part, tensor=flat[start // item : end // item], offset=part.offset + start)
             start = end
     else:
         yield from _rows(part, limit, part.size_bytes // tensor.shape[0])
@@ -400,10 +447,10 @@ def _rows(part: _Part, limit: int, row_bytes: int) -> Iterator[_Part]:
     for first in range(0, part.tensor.shape[0], rows):
         offset = part.offset + first * row_bytes
         if rows > 1 or row_bytes <= limit:
-            some = _Part(part.tensor[first : first + rows], part.region, offset, part.strides)
+            some = replace(part, tensor=part.tensor[first : first + rows], offset=offset)
         else:
             inner = None if part.strides is None else part.strides[1:]
-            some = _Part(part.tensor[first], part.region, offset, inner)
+            some = replace(part, tensor=part.tensor[first], offset=offset, strides=inner)
         yield from _pieces(some, limit)
 
 

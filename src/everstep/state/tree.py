@@ -5,6 +5,7 @@ A leaf's name is its path: `optimizer/state/0/exp_avg`. In a part of it, `~` is 
 
 from __future__ import annotations
 
+import io
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -82,6 +83,8 @@ def flatten(path: str, value: object, leaves: Leaves) -> Value:
         return deque((flatten(join(path, n), item, leaves) for n, item in enumerate(value)), value.maxlen)
     if isinstance(value, np.generic) and value.dtype.kind in _SCALAR_KINDS:
         return Scalar(value.dtype.str, value.tobytes())
+    if isinstance(value, io.BytesIO) and kind is io.BytesIO:
+        return Symbol("io.BytesIO", (value.getvalue(), value.tell()))
     if isinstance(value, torch.Size):
         return Symbol("torch.Size", tuple(value))
     if isinstance(value, torch.dtype):
@@ -173,6 +176,8 @@ def _symbol(symbol: Symbol) -> object:
     try:
         if symbol.kind == "torch.Size" and isinstance(value, tuple):
             return torch.Size(value)
+        if symbol.kind == "io.BytesIO" and type(value) is tuple and len(value) == 2:
+            return _file(*value)
         if symbol.kind == "torch.dtype" and isinstance(value, str):
             return torch_dtype(value)
         if symbol.kind == "torch.device" and isinstance(value, str):
@@ -217,6 +222,15 @@ def located(path: str, tree: Value) -> Iterator[tuple[str, str]]:
     elif kind in _SEQUENCES or kind is deque:
         for number, item in enumerate(tree):
             yield from located(join(path, number), item)
+
+
+def _file(data: object, at: object) -> io.BytesIO:
+    """A file in memory, as far on as it was."""
+    if type(data) is not bytes or type(at) is not int or not 0 <= at < 1 << 62:
+        raise ValueError("it is none")
+    file = io.BytesIO(data)
+    file.seek(at)
+    return file
 
 
 def leaf_names(tree: Value) -> Iterator[str]:
