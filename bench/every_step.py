@@ -2,11 +2,16 @@
 
 With one thread for the training, a machine of two cores has one to spare; with as many threads as cores it
 has none. Both are measured, in blocks of steps with and without that alternate within each repetition.
+
+How much the spare core is worth is measured beside a process that does nothing but count: two cores of a
+virtual machine may be two threads of one, and then what is done on one slows down the other.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -61,9 +66,10 @@ def throughput(directory: str, threads: int, steps: int, repetitions: int) -> di
     state = small_model()
     for _ in range(WARM_STEPS):
         state.step()
-    plain, kept, taken = [], [], []
+    plain, kept, beside, taken = [], [], [], []
     for repetition in range(repetitions):
         without = with_ = 0.0
+        beside.append(_beside_another(state, steps))
         for block in range(BLOCKS):
             without += _plain(state, steps) / BLOCKS
             seconds, snapshots = _kept(state, steps, Path(directory) / f"{repetition}-{block}")
@@ -77,8 +83,10 @@ def throughput(directory: str, threads: int, steps: int, repetitions: int) -> di
         "state_bytes": state.size_bytes,
         "step_ms": summary([one / steps * 1e3 for one in plain]),
         "step_with_snapshots_ms": summary([one / steps * 1e3 for one in kept]),
+        "step_beside_a_process_that_counts_ms": summary([one / steps * 1e3 for one in beside]),
         "snapshots_taken": summary(taken),
         "throughput with / without": ratios(plain, kept),
+        "throughput beside a process that counts / without": ratios(plain, beside),
     }
 
 
@@ -87,6 +95,18 @@ def _plain(state: State, steps: int) -> float:
     for _ in range(steps):
         state.step()
     return time.perf_counter() - begun
+
+
+def _beside_another(state: State, steps: int) -> float:
+    """The same beside a process as nice as a keeper that touches no memory, disk or socket."""
+    counts = "import os\nos.nice(10)\nprint(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", counts], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            return _plain(state, steps)
+        finally:
+            process.kill()
 
 
 def _kept(state: State, steps: int, chain: Path) -> tuple[float, int]:

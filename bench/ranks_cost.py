@@ -2,9 +2,9 @@
 
     python -m bench.ranks_cost --json ranks_cost.json
 
-A DDP model of 24 MB with AdamW, on 1, 4 and 8 ranks: what is stored, which is to be what one rank stores; how
-long it takes until a snapshot is durable; and what a tick costs when nothing is due. Ratios are against one
-rank on the same disk in the same run, medians of several repetitions.
+A DDP model with AdamW, on 1, 4 and 8 ranks: what is stored, which is to be what one rank stores; how long it
+takes until a snapshot is durable; and what a tick costs when nothing is due. Ratios are against one rank on
+the same disk in the same run, medians of several repetitions.
 """
 
 from __future__ import annotations
@@ -33,13 +33,17 @@ TICKS = 2000
 WAIT_S = 600.0
 
 
-def train(path: str) -> None:
-    """A rank: a few snapshots of a state that changes all over, then many ticks with nothing due."""
+def train(path: str, layers: int) -> None:
+    """A rank: a few snapshots of a state that changes all over, then many ticks with nothing due.
+
+    Args:
+        layers: the model has so many, of 4 MB each.
+    """
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model: nn.Module = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(6)))
+    model: nn.Module = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(layers)))
     if ranks > 1:
         model = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -72,12 +76,12 @@ def train(path: str) -> None:
     dist.destroy_process_group()
 
 
-def measured(ranks: int) -> dict[str, Any]:
+def measured(ranks: int, layers: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="ranks-cost-") as scratch:
         path = Path(scratch) / "chain"
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-            "-m", "bench.ranks_cost", "--train", str(path),
+            "-m", "bench.ranks_cost", "--train", str(path), "--layers", str(layers),
         ]  # fmt: skip
         environment = {**os.environ, "EVERSTEP_LOG": "quiet", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT_S)
@@ -89,6 +93,9 @@ def measured(ranks: int) -> dict[str, Any]:
         return {
             "stored_bytes": statistics.median(one.stored_bytes for one in taken),
             "logical_bytes": statistics.median(one.logical_bytes for one in taken),
+            "costs": {
+                name: statistics.median(one.costs[name] for one in taken) for name in sorted(taken[0].costs)
+            },
             "durable_ms": statistics.median(one.costs["durable"] for one in taken),
             "stall_ms": statistics.median(one.costs["stall"] for one in taken),
             "tick_us": max(ticks),
@@ -98,16 +105,18 @@ def measured(ranks: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--train", default="")
+    parser.add_argument("--layers", type=int, default=85, help="of 4 MB, and 8 MB of optimizer state")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--ranks", type=int, nargs="+", default=WORLDS)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.train:
-        train(given.train)
+        train(given.train, given.layers)
         return
-    found: dict[str, list[dict[str, Any]]] = {str(ranks): [] for ranks in WORLDS}
+    found: dict[str, list[dict[str, Any]]] = {str(ranks): [] for ranks in given.ranks}
     for _ in range(given.repetitions):
-        for ranks in WORLDS:
-            found[str(ranks)].append(measured(ranks))
+        for ranks in given.ranks:
+            found[str(ranks)].append(measured(ranks, given.layers))
     medians = {
         ranks: {name: statistics.median(one[name] for one in each) for name in each[0]}
         for ranks, each in found.items()

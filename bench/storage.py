@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -168,15 +169,17 @@ class Throttled:
 
     def __init__(self, store: LocalStore, bytes_per_second: float) -> None:
         self._store, self._rate = store, bytes_per_second
+        self._lock = threading.Lock()
+        self._due = 0.0
 
     @property
     def url(self) -> str:
         return self._store.url
 
     def put(self, key: str, parts: Sequence[Buffer]) -> bool:
-        begun = time.monotonic()
+        with self._lock:  # Several at a time share it.
+            due = self._due = max(self._due, time.monotonic()) + _size(parts) / self._rate
         done = self._store.put(key, parts)
-        due = begun + sum(memoryview(part).nbytes for part in parts) / self._rate
         time.sleep(max(due - time.monotonic(), 0))
         return done
 
@@ -191,3 +194,7 @@ class Throttled:
 
     def delete(self, key: str) -> None:
         self._store.delete(key)
+
+
+def _size(parts: Sequence[Buffer]) -> int:
+    return sum(memoryview(part).nbytes for part in parts)

@@ -6,19 +6,20 @@ import mmap
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import pytest
 from making import GRID_BYTES
 
-from everstep.chain import packing
+from everstep.chain import lanes, packing
 from everstep.chain.encoding import Always
 from everstep.chain.history import Chain
 from everstep.chain.lease import Lease
 from everstep.chain.packing import HELD_BYTES, PACKS_AT_ONCE, Shares, Wave
 from everstep.chain.parts import Part
 from everstep.chain.reader import Reader, Target
-from everstep.chain.siblings import AIR_BYTES, Siblings
+from everstep.chain.siblings import AIR_BYTES, AIR_PACKS, Siblings
 from everstep.chain.writer import Captured, Facts, Writer
 from everstep.errors import Unavailable
 from everstep.format import keys, values
@@ -188,6 +189,44 @@ def test_nobody_waits_for_one_whose_waves_are_still_to_come() -> None:
         assert_whole(store, part)
 
 
+def test_nobody_waits_for_one_whose_memory_is_still_being_filled() -> None:
+    store = MemoryStore()
+    Chain.create(store, GRID_BYTES)
+    siblings = Siblings(lambda: 4)
+    layout = laid(0)
+    stuck, filled = threading.Event(), threading.Event()
+    last = layout.regions[-1].offset + layout.regions[-1].size_bytes
+
+    def arrived(end: int) -> None:
+        if end >= last:
+            stuck.set()
+            assert filled.wait(DEADLINE_S)
+
+    slow = Captured(
+        layout, values.encode({}), [Wave(0, memoryview(content(0)), frozenset(), arrived, filled.is_set)]
+    )
+    found: dict[int, Part] = {}
+
+    def store_part(rank: int, state: Captured) -> None:
+        writer = Writer(Chain(store), Lease(store, 1), encodings=Always(Encoding.RAW))
+        found[rank] = writer.store_part(state, rank, 2, partial(siblings.shares, 1))
+
+    threads = [
+        threading.Thread(target=store_part, args=(rank, state), daemon=True)
+        for rank, state in enumerate((slow, captured(1)))
+    ]
+    threads[0].start()
+    # All of the leaf that both have is there, but for its end; and none of it is put yet.
+    assert stuck.wait(DEADLINE_S)
+    threads[1].start()
+    threads[1].join(DEADLINE_S)
+    assert found.keys() == {1}
+    filled.set()
+    threads[0].join(DEADLINE_S)
+    for part in found.values():
+        assert_whole(store, part)
+
+
 def test_what_builds_on_something_is_pointed_to_with_what_it_builds_on() -> None:
     store = MemoryStore()
     Chain.create(store, GRID_BYTES)
@@ -281,6 +320,31 @@ def test_packs_under_way_are_bounded_for_all_together() -> None:
     for _ in range(15):
         siblings.leave()
     assert siblings.shares(1).held_bytes == HELD_BYTES
+
+
+def test_packs_that_are_put_at_a_time_are_bounded_for_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "PACK_BYTES", GRID_BYTES)
+    monkeypatch.setattr(lanes, "SMALL_BYTES", 0)
+    siblings = Siblings(lambda: RANKS)
+    putting = siblings.shares(0).putting
+    assert isinstance(putting, threading.Semaphore)
+    with ExitStack() as stack:
+        for _ in range(AIR_PACKS - 1):
+            stack.enter_context(siblings.shares(0).putting)
+        one_more: list[bool] = []
+
+        class Asking(MemoryStore):
+            def put(self, key: str, parts: Sequence[Buffer]) -> bool:
+                if key.startswith(keys.PACKS):
+                    one_more.append(putting.acquire(blocking=False))
+                return super().put(key, parts)
+
+        store = Asking()
+        parts = store_all(store, captured, siblings)
+    assert len(one_more) > RANKS * FLOATS * 4 // GRID_BYTES
+    assert not any(one_more)
+    for part in parts.values():
+        assert_whole(store, part)
 
 
 def test_a_pack_is_closed_when_it_holds_its_share() -> None:

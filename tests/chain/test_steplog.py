@@ -54,6 +54,22 @@ def killed_after(chain: Chain, writer: int, *numbers: int, branch: str = "main")
     return folder(chain) / f"{branch}-{writer:016x}-{numbers[0]:016x}"
 
 
+def test_snapshots_that_follow_fast_take_the_journal_along_once_a_second(chain: Chain) -> None:
+    now = 100.0
+    log = StepLog(chain, "main", 1, clock=lambda: now)
+    cuts = []
+    for number, now in enumerate([100.0, 100.5, 100.9, 101.0, 101.2, 102.5], 1):  # noqa: B007
+        log.append(step(number))
+        cuts.append(log.cut_in_time())
+    assert [len(cut) for cut in cuts] == [1, 0, 0, 1, 0, 1]
+    assert len(journals(chain)) == 3
+    for cut in cuts:
+        log.seal(cut)
+    assert [one.step for one in log.after(0).values()] == [1, 2, 3, 4, 5, 6]
+    assert len(segments(chain)) == 3
+    assert journals(chain) == []
+
+
 def test_records_are_in_the_journal_at_once_and_in_a_segment_when_sealed(chain: Chain) -> None:
     log = StepLog(chain, "main", 1)
     assert log.cut() == []

@@ -6,6 +6,8 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -799,6 +801,43 @@ def test_an_answer_lost_inside_the_store_is_settled_by_reading_back(kind: str) -
     names = writer.chain.manifest(snapshot).packs
     assert len(packs(store)) == len(names)
     assert_clean(writer.chain)
+
+
+def test_two_packs_are_put_at_a_time_and_each_is_told_its_share() -> None:
+    now = [0.0]
+    gates = {"one": threading.Event(), "two": threading.Event(), "three": threading.Event()}
+    begun: list[str] = []
+    putting = threading.Semaphore(0)
+    took: list[tuple[int, float]] = []
+
+    def put(builder: Any) -> None:
+        begun.append(builder.name)
+        putting.release()
+        assert gates[builder.name].wait(60)
+
+    def pack_of(name: str, size_bytes: int) -> Any:
+        return SimpleNamespace(name=name, end=size_bytes * lanes.SMALL_BYTES)
+
+    putter = lanes.Putter(put, lambda: now[0], lambda *told: took.append(told))
+    putter.put(pack_of("one", 1))
+    assert putting.acquire(timeout=60)
+    now[0] = 1.0
+    putter.put(pack_of("two", 2))
+    assert putting.acquire(timeout=60)
+    putter.put(pack_of("three", 3))  # It waits: two are being put.
+    assert sorted(begun) == ["one", "two"]
+    now[0] = 3.0
+    gates["one"].set()  # Alone for 1 s, one of two for 2 s.
+    assert putting.acquire(timeout=60)
+    assert begun == ["one", "two", "three"]
+    now[0] = 4.0
+    gates["two"].set()
+    gates["three"].set()
+    putter.drain()
+    putter.close()
+    assert took[0] == (lanes.SMALL_BYTES, 2.0)
+    assert sum(share for _, share in took) == pytest.approx(4.0)
+    assert putter.busy_s == 4.0
 
 
 def test_an_error_in_the_thread_that_puts_packs_comes_out_of_write(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from everstep.chain.history import Chain
 from everstep.chain.lease import Lease
 from everstep.chain.verify import verify
 from everstep.errors import Conflict, EverstepError, Fenced, Unavailable, Unsupported
-from everstep.keeper import protocol
+from everstep.keeper import client, protocol
 from everstep.keeper.base import Job, Outcome, Terms
 from everstep.keeper.client import ProcessKeeper, living
 from everstep.keeper.places import living_places, places
@@ -709,6 +709,52 @@ def test_a_killed_keeper_takes_an_unfinished_job_up_again(path: Path) -> None:
     assert job.pending.durable(DEADLINE_S)
     keeper.close()
     assert_stored(path, [1])
+
+
+def test_a_killed_keeper_takes_up_what_is_still_being_filled(path: Path) -> None:
+    told = Told()
+    keeper = told.keeper(path)
+    begun(keeper, Chain(path))
+    arena = keeper.arena(LAYOUT.arena_bytes, wait=True)
+    assert arena is not None
+    job, data, half = job_of(1), state(1), LAYOUT.arena_bytes // 2
+    keeper.submit(job)
+    keeper.wave(job, arena, 0, LAYOUT.arena_bytes, frozenset(), filled=0)
+    arena.memory[:half] = data[:half]
+    keeper.arrived(job, half)
+    until(lambda: any(one.jobs for one in living()), "the keeper has the job")
+    os.kill(living()[0].pid, signal.SIGKILL)
+    until(lambda: keeper.deaths == 1, "its death is noticed")
+    arena.memory[half : LAYOUT.arena_bytes] = data[half:]
+    keeper.arrived(job, LAYOUT.arena_bytes)
+    keeper.end(job)
+    assert job.pending.durable(DEADLINE_S)
+    keeper.close()
+    assert_stored(path, [1])
+
+
+def test_an_arena_that_is_being_filled_is_not_lent_again_when_there_is_no_keeper(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Told()
+    keeper = told.keeper(path)
+    begun(keeper, Chain(path))
+    arena = keeper.arena(LAYOUT.arena_bytes, wait=True)
+    assert arena is not None
+    monkeypatch.setattr(client, "MAX_DEATHS", 1)
+    job = job_of(1)
+    keeper.submit(job)
+    keeper.wave(job, arena, 0, LAYOUT.arena_bytes, frozenset(), filled=0)
+    until(lambda: any(one.jobs for one in living()), "the keeper has the job")
+    os.kill(living()[0].pid, signal.SIGKILL)
+    with pytest.raises(Unavailable, match="keepers in a row"):
+        job.pending.durable(DEADLINE_S)
+    assert keeper.arena(LAYOUT.arena_bytes, wait=False) is not arena
+    assert keeper.arena(LAYOUT.arena_bytes, wait=False) is None
+    keeper.arrived(job, LAYOUT.arena_bytes)
+    keeper.end(job)
+    assert keeper.arena(LAYOUT.arena_bytes, wait=False) is arena
+    keeper.close()
 
 
 def test_a_job_whose_waves_are_gone_with_the_keeper_fails(path: Path) -> None:

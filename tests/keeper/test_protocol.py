@@ -81,6 +81,8 @@ SAID_TO_KEEPER: list[Message] = [
     protocol.Submit(5, protocol.Said.of(FACTS), b"", (), None),
     protocol.Submit(6, protocol.Said.of(FACTS), b"", (), None, take=2, look=True),
     protocol.Fill(4, 1, 0, 4096, (0, 2)),
+    protocol.Fill(4, 1, 0, 8192, (), 4096),
+    protocol.Arrived(4, 8192),
     protocol.End(4, {"stall": 1.0}),
     protocol.Drop(4),
     protocol.Tidy(4, ()),

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
-from handing import DEADLINE_S, GRID_BYTES, assert_joined, hand_over, laid_of, until
+from handing import DEADLINE_S, GRID_BYTES, assert_joined, hand_over, job_of, laid_of, state, until
 
 from everstep.chain import parts
 from everstep.chain.history import Chain
@@ -201,6 +201,38 @@ def test_a_rank_whose_state_is_incomplete_withdraws(store: Held, world: Callable
     run.wait()
     assert "rank 1 could not store its part" in str(run.outcomes[0][0].error)
     assert list(run.chain.snapshots()) == []
+
+
+@pytest.mark.parametrize("dropped", [0, 1])
+@pytest.mark.parametrize("filled", ["half", "whole"])
+def test_what_was_stored_ahead_and_is_dropped_is_no_part(
+    store: Held, world: Callable[..., World], dropped: int, filled: str
+) -> None:
+    """All of it may be in packs when it turns out that the ranks do not agree."""
+    run = world()
+    run.take(1, but=[dropped])
+    keeper, layout = run.keepers[dropped], laid_of(dropped, RANKS)
+    arena = keeper.arena(layout.arena_bytes, wait=True)
+    assert arena is not None
+    job = job_of(10, layout, take=1)
+    keeper.submit(job)
+    keeper.wave(job, arena, 0, layout.arena_bytes, frozenset(), 0)
+    arena.memory[: layout.arena_bytes] = state(10, layout)
+    keeper.arrived(job, layout.arena_bytes if filled == "whole" else layout.arena_bytes // 2)
+    if filled == "whole":
+        packs = RANKS
+        until(lambda: sum(key.startswith(keys.PACKS) for key in store.puts) == packs, "it is in packs")
+    told = keys.part("main", run.lease.number, 1, dropped)
+    assert told not in store.puts
+    keeper.drop(job)
+    run.wait()
+    assert [outcome.part for outcome in run.outcomes[dropped]] == [None]
+    assert isinstance(run.outcomes[0][0].error, Unavailable)
+    assert len([key for key in store.puts if key.startswith(keys.MANIFESTS)]) == RANKS - 1
+    assert list(run.chain.snapshots()) == []
+    run.take(2)
+    run.wait()
+    assert_joined(store, [20], RANKS)
 
 
 @pytest.mark.parametrize("told", ["withdrawn", "damaged"])

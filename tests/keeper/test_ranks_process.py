@@ -128,6 +128,8 @@ def test_a_rank_that_is_killed_in_the_middle_is_not_waited_for(
     killed = run.all[2]
     for one in run.all:
         one.do("take_without_end" if one is killed else "take", 20, 2)
+    # What the ranks have not agreed on is stored meanwhile.
+    until(lambda: [job.step for job in living()[0].seats[2].jobs] == [20], "the keeper has it")
     killed.kill()
     others = [one for one in run.all if one is not killed]
     assert [outcomes(one)[-1] for one in others] == [(20, "Unavailable"), (20, ""), (20, "")]

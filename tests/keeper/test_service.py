@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 import pytest
 from handing import DEADLINE_S, GRID_BYTES, LAYOUT, assert_stored, job_of, state, until
 
+from everstep.chain import packing
 from everstep.chain.history import Chain
 from everstep.chain.lease import Lease, newest
-from everstep.errors import Conflict, Damaged, EverstepError, Unsupported
+from everstep.errors import Conflict, Damaged, EverstepError, Unavailable, Unsupported
+from everstep.format import keys
 from everstep.keeper import protocol, service
 from everstep.keeper.arena import Arena
 from everstep.keeper.protocol import Connection, Message, Peer
@@ -238,6 +240,74 @@ def test_a_trainer_that_says_goodbye_in_the_middle(start: Callable[..., Running]
     trainer.connection.close()
 
 
+def test_a_state_is_stored_while_it_is_being_filled(start: Callable[..., Running], path: Path) -> None:
+    """What has arrived is put, and nothing is committed before the end is said."""
+    running = start()
+    trainer = Speaker(running)
+    trainer.begin(path)
+    arena = trainer.arena()
+    half = 32 * GRID_BYTES
+    data = state(1)
+    trainer.say(submit(1), protocol.Fill(1, 1, 0, LAYOUT.arena_bytes, (), 0))
+    arena.memory[:half] = data[:half]
+    trainer.say(protocol.Arrived(1, half))
+    arena.memory[half : LAYOUT.arena_bytes] = data[half:]
+    trainer.say(protocol.Arrived(1, LAYOUT.arena_bytes))
+    store = Chain(path).store
+    until(lambda: any(store.list(keys.PACKS)), "the pack is put")
+    assert trainer.status().jobs[0].phase == "storing"
+    assert_stored(path, [])
+    trainer.say(protocol.End(1, {}))
+    trainer.hear(protocol.Tidied)
+    trainer.connection.close()
+    arena.close()
+    assert_stored(path, [1])
+
+
+@pytest.mark.parametrize("arrived", [0, 8192, LAYOUT.arena_bytes])
+@pytest.mark.parametrize("how", ["dropped", "killed"])
+def test_a_state_that_was_not_completed_is_none(
+    start: Callable[..., Running], path: Path, arrived: int, how: str
+) -> None:
+    running = start(linger_s=0.0)
+    trainer = Speaker(running)
+    trainer.begin(path)
+    arena = trainer.arena()
+    arena.memory[: LAYOUT.arena_bytes] = state(1)
+    trainer.say(submit(1), protocol.Fill(1, 1, 0, LAYOUT.arena_bytes, (), 0), protocol.Arrived(1, arrived))
+    if how == "dropped":
+        trainer.say(protocol.Drop(1))
+        assert isinstance(trainer.hear(protocol.Done)[0].error(), Unavailable)
+        assert trainer.hear(protocol.Freed)[0].arena == 1
+        trainer.take(2, arena)
+        trainer.hear(protocol.Tidied)
+        trainer.hear(protocol.Tidied)
+    trainer.connection.close()
+    assert running.has_left()
+    arena.close()
+    assert_stored(path, [2] if how == "dropped" else [])
+
+
+def test_an_arena_that_is_being_filled_is_not_lent_when_its_job_fails(
+    start: Callable[..., Running], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "PACK_BYTES", GRID_BYTES)
+    (path / "packs").write_bytes(b"no directory")
+    running = start()
+    trainer = Speaker(running)
+    trainer.begin(path)
+    arena = trainer.arena()
+    trainer.say(submit(1), protocol.Fill(1, 1, 0, LAYOUT.arena_bytes, (), LAYOUT.arena_bytes - 4096))
+    assert isinstance(trainer.hear(protocol.Done)[0].error(), Conflict)
+    trainer.status()  # All that was said before it has been heard.
+    assert not any(isinstance(message, protocol.Freed) for message, _ in trainer.heard)
+    trainer.say(protocol.Arrived(1, LAYOUT.arena_bytes), protocol.End(1, {}))
+    assert trainer.hear(protocol.Freed)[0].arena == 1
+    trainer.connection.close()
+    arena.close()
+    assert_stored(path, [])
+
+
 def test_it_answers_while_it_stores(start: Callable[..., Running], path: Path) -> None:
     running = start()
     trainer = Speaker(running)
@@ -304,6 +374,25 @@ WRONG: dict[str, list[Message]] = {
     "wave-backwards": [submit(1), protocol.Fill(1, 1, 4096, 0, ())],
     "wave-after-a-gap": [submit(1), protocol.Fill(1, 1, 4096, 8192, ())],
     "ends-too-early": [submit(1), protocol.Fill(1, 1, 0, 4096, ()), protocol.End(1, {})],
+    "filled-past-its-end": [submit(1), protocol.Fill(1, 1, 0, LAYOUT.arena_bytes, (), HUGE)],
+    "a-part-that-is-being-filled": [submit(1), protocol.Fill(1, 1, 0, 4096, (), 0)],
+    "ends-before-it-is-full": [
+        submit(1),
+        protocol.Fill(1, 1, 0, LAYOUT.arena_bytes, (), 0),
+        protocol.Arrived(1, 4096),
+        protocol.End(1, {}),
+    ],
+    "arrived-too-far": [
+        submit(1),
+        protocol.Fill(1, 1, 0, LAYOUT.arena_bytes, (), 0),
+        protocol.Arrived(1, HUGE),
+    ],
+    "arrived-backwards": [
+        submit(1),
+        protocol.Fill(1, 1, 0, LAYOUT.arena_bytes, (), 8192),
+        protocol.Arrived(1, 4096),
+    ],
+    "arrived-of-no-job": [protocol.Arrived(9, 4096)],
     "job-twice": [submit(1), submit(1)],
     "arena-twice": [protocol.Prepare(1, 4096)],
     "no-layout": [

@@ -58,11 +58,12 @@ for line in sys.stdin:
         break
     else:
         optimizer.zero_grad()
-        model(torch.ones(1, 64) * (run.step + 1)).square().mean().backward()
+        loss = model(torch.ones(1, 64) * (run.step + 1)).square().mean()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         begun = time.monotonic()
-        run.tick()
+        run.tick(loss=loss.item() * int(os.environ["WORLD_SIZE"]))
         print("step", run.step, time.monotonic() - begun, flush=True)
 """
 
@@ -196,6 +197,21 @@ class TestProcesses:
             assert job.start(ranks) == [last.step] * ranks
             assert {one[1] for one in job.all("digest")} == {three[0][1]}
             job.end()
+
+    @pytest.mark.parametrize("ranks", [2, 1])
+    def test_only_as_many_ranks_repeat_what_was_trained(self, job: Job, ranks: int) -> None:
+        job.start(2)
+        job.step()
+        job.take()
+        step = Chain(job.repo).find("head").step
+        job.step(5)
+        job.end()
+        assert job.start(ranks) == [step] * ranks
+        job.step(5)
+        assert job.all("close") == [["closed"]] * ranks
+        _, said = job.ranks[0].ended()
+        assert "parts from" not in said
+        assert ("repeated" in said) == (ranks == 2)
 
     def test_what_all_have_is_stored_once(self, job: Job) -> None:
         job.start(4)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from everstep.chain import packing, steplog
 from everstep.chain.history import Chain, Snapshot
+from everstep.chain.verify import verify
 from everstep.errors import Damaged, Unavailable, Unsupported
 from everstep.events import Event, Failed, Missed, Taken, Warned
+from everstep.format import keys
 from everstep.run.session import Run
 from everstep.run.settings import Settings
 from everstep.state import capture
+from everstep.store.base import Store
+from everstep.store.local import LocalStore
 from everstep.store.memory import MemoryStore
 
 pytestmark = pytest.mark.slow
@@ -26,7 +32,7 @@ WIDTH = 600  # Its weight is more than a mebibyte, so both ways to copy are take
 class Loop:
     """A model, its optimizer and a run, stepped by hand."""
 
-    def __init__(self, store: MemoryStore | None = None, frozen: bool = False, **settings: Any) -> None:
+    def __init__(self, store: Store | None = None, frozen: bool = False, **settings: Any) -> None:
         torch.manual_seed(3)
         self.model = nn.Sequential(
             nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 1)
@@ -123,6 +129,114 @@ def test_the_optimizer_waits_for_the_copy_and_nothing_else_does(gate: threading.
     assert states == reference(3, every="3 steps")
     (taken,) = loop.snapshots()
     assert taken.record.costs["stall"] >= taken.record.costs["fence"]
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even a small state is handed over while it is copied, in many pieces."""
+    monkeypatch.setattr(capture, "AHEAD_FROM_BYTES", 1)
+    monkeypatch.setattr(capture, "AHEAD_BYTES", 4096)
+
+
+@pytest.mark.usefixtures("ahead")
+@pytest.mark.parametrize("keeper", ["thread", "process"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_handed_over_while_it_is_copied_it_is_the_same(tmp_path: Path, keeper: str, frozen: bool) -> None:
+    store: Any = MemoryStore() if keeper == "thread" else LocalStore(tmp_path / "chain")
+    loop = Loop(store, frozen=frozen, every="1 steps")
+    for _ in range(6):
+        loop.train(1)
+        loop.run.wait()
+    assert not loop.said(Failed)
+    assert loop.states() == reference(6, frozen=frozen, every="1 steps")
+    assert not verify(Chain(store)).findings
+
+
+@pytest.mark.usefixtures("ahead")
+@pytest.mark.parametrize("keeper", ["thread", "process"])
+def test_what_was_handed_over_and_changes_becomes_no_snapshot(
+    tmp_path: Path, gate: threading.Event, keeper: str
+) -> None:
+    store: Any = MemoryStore() if keeper == "thread" else LocalStore(tmp_path / "chain")
+    loop = Loop(store, every="2 steps")
+    gate.set()
+    loop.train(2)
+    loop.run.wait()
+    gate.clear()
+    loop.train(2)
+    loop.model[0].weight.data.zero_()
+    gate.set()
+    loop.run.wait()
+    (failed,) = loop.said(Failed)
+    assert "model/0.weight changed by something else than an optimizer's step" in str(failed)
+    assert [one.step for one in loop.snapshots()] == [2]
+    for _ in range(4):  # Both arenas are free again, and nothing of the torn copy is relied on.
+        loop.train(1)
+        loop.run.wait()
+    assert [one.step for one in loop.snapshots()] == [8, 6, 5, 2]
+    weight = loop.model[0].weight.clone()
+    loop.run.close()
+    assert not verify(Chain(store)).findings
+    fresh = Loop(store)
+    assert torch.equal(fresh.model[0].weight, weight)
+    fresh.run.close()
+
+
+@pytest.mark.usefixtures("ahead")
+@pytest.mark.parametrize("keeper", ["thread", "process"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_was_handed_over_and_is_not_agreed_on_becomes_no_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeper: str, frozen: bool
+) -> None:
+    """Nothing is ended before the ranks have agreed; the steps of such a take are logged all the same."""
+    store: Any = MemoryStore() if keeper == "thread" else LocalStore(tmp_path / "chain")
+    why, asked = "", []
+
+    def agree(sample: bytes, then: Callable[[str], None]) -> None:
+        asked.append([one.step for one in loop.snapshots()])
+        then(why)
+
+    monkeypatch.setattr(Run, "_agree_of", lambda run, number: agree)
+    monkeypatch.setattr(steplog, "SEAL_S", 0.0)
+    loop = Loop(store, frozen=frozen, every="1 steps")
+    for why in ("", "they differ", "", "they differ", "they differ", ""):  # noqa: B007
+        loop.train(1)
+        loop.run.wait()
+    assert asked == [[], [1], [1], [3, 1], [3, 1], [3, 1]]
+    assert [event.why for event in loop.said(Failed) if isinstance(event, Failed)] == ["they differ"] * 3
+    assert loop.states() == [
+        one for step, one in enumerate(reference(6, frozen=frozen, every="1 steps"), 1) if step in {1, 3, 6}
+    ]
+    assert not verify(Chain(store)).findings
+    log = steplog.StepLog(Chain(store), "main", 1)
+    assert list(log.after(0)) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("ahead")
+def test_a_keeper_that_fails_while_the_state_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failure is told, what is copied meanwhile goes nowhere, and the next snapshot is a whole one."""
+    monkeypatch.setattr(packing, "PACK_BYTES", 4096)
+    store = MemoryStore()
+    loop = Loop(store, every="1 steps")
+    real, fails = store.put, True
+
+    def put(key: str, parts: Any) -> bool:
+        if fails and key.startswith(keys.PACKS):
+            raise Unavailable("no room", kept="what was there")
+        return real(key, parts)
+
+    monkeypatch.setattr(store, "put", put)
+    loop.train(1)
+    with pytest.raises(Unavailable, match="no room"):
+        loop.run.wait()
+    fails = False
+    for _ in range(3):
+        loop.train(1)
+        loop.run.wait()
+    assert loop.states() == reference(4, every="1 steps")[1:]
+    assert not verify(Chain(store)).findings
 
 
 def test_a_snapshot_that_is_not_handed_over_yet_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

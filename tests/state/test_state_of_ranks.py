@@ -167,7 +167,12 @@ def test_contents_that_part_are_seen_and_become_each_ranks_own() -> None:
     assert "model/0.weight" not in joined(ranks.stored()).manifest.by_name
 
 
-def test_a_capture_of_what_a_rank_writes_overlaps_and_tells_its_sample() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_capture_of_what_a_rank_writes_overlaps_and_tells_its_sample(
+    monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    monkeypatch.setattr("everstep.state.capture.AHEAD_FROM_BYTES", 1 if ahead else 1 << 60)
+    monkeypatch.setattr("everstep.state.capture.AHEAD_BYTES", 4096)
     ranks = Ranks([named(training(0, width=700)) for _ in range(2)])
     ranks.collect()
     samples = []
@@ -175,11 +180,25 @@ def test_a_capture_of_what_a_rank_writes_overlaps_and_tells_its_sample() -> None
         capturer = Capturer()
         layout = capturer.layout(collected)
         memory = memoryview(bytearray(layout.arena_bytes))
-        capture = capturer.begin(collected, layout, memory, overlap=True, then=lambda capture: None)
+        told: list[tuple[int, bytes]] = []
+
+        def arrived(end: int, memory: memoryview = memory, told: list[tuple[int, bytes]] = told) -> None:
+            told.append((end, bytes(memory[:end])))
+
+        capture = capturer.begin(
+            collected,
+            layout,
+            memory,
+            overlap=True,
+            then=lambda capture: None,
+            ahead=lambda capture, arrived=arrived: arrived,
+        )
         capture.fence()
         capture.done.wait(60)
         assert capture.error is None
         assert capture.changed == []
+        assert (len(told) > 2) == ahead
+        assert all(before == memory[:end] for end, before in told)
         expected = part_of(collected, rank, 2)
         for region, stored_bytes in zip(layout.regions, expected.regions, strict=True):
             assert memory[region.offset : region.offset + region.size_bytes] == stored_bytes

@@ -20,6 +20,9 @@ Result = TypeVar("Result")
 MAX_LANES = 4
 """Four cores digest faster than any disk of today writes."""
 
+AT_ONCE = 2
+"""So many packs are put at a time: while one is made durable, the disk or network has another to take."""
+
 SMALL_BYTES = 1024 * 1024
 """A pack below this size is put in less time than a thread takes to start beside a busy trainer."""
 
@@ -137,25 +140,35 @@ class Lanes:
 
 
 class Putter:
-    """Puts packs one after the other, in a thread of its own where that pays; one may wait.
+    """Puts packs, in threads of its own where that pays: a few at a time, and one more may wait.
 
     Args:
         put: stores a pack. Its error comes out of the next `put` or `drain`, and what waits is not put.
+        took: is told of each pack how many bytes it had, and its share of the time, in seconds: half of that
+            in which two were put.
     """
 
-    def __init__(self, put: Callable[[Builder], None], clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        put: Callable[[Builder], None],
+        clock: Callable[[], float],
+        took: Callable[[int, float], None] = lambda size_bytes, seconds: None,
+    ) -> None:
         self.busy_s = 0.0
         """Time in which a pack was being put."""
         self.cpu_s = 0.0
-        """CPU time of the thread, once it has ended."""
+        """CPU time of the threads that have ended."""
         self._put = put
         self._clock = clock
+        self._took = took
         self._waiting: Builder | None = None
-        self._putting = False
+        self._putting = 0
+        self._shared_s = self._since = 0.0
+        """The share of one pack that had been put all the time, up to `_since`."""
         self._closed = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     @property
     def idle(self) -> bool:
@@ -164,11 +177,13 @@ class Putter:
 
     def put(self, builder: Builder, last: bool = False) -> None:
         """Have a pack put. Blocks while another waits; until it is put where no thread is worth it: for small
-        ones, and for the `last`."""
-        if self._thread is None and (last or builder.end < SMALL_BYTES or not self._start()):
+        ones, and for the `last` where there is none yet."""
+        if not self._threads and (last or builder.end < SMALL_BYTES or not self._start()):
             self._timed(builder)
             return
         with self._changed:
+            if self._putting == len(self._threads) < AT_ONCE:
+                self._start()
             self._changed.wait_for(lambda: self._waiting is None)
             self._raise()
             self._waiting = builder
@@ -181,13 +196,13 @@ class Putter:
         self._raise()
 
     def close(self) -> None:
-        """End the thread; what waits is not put."""
+        """End the threads; what waits is not put."""
         with self._changed:
             self._closed = True
             self._waiting = None
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -199,13 +214,29 @@ class Putter:
             thread.start()
         except RuntimeError:
             return False
-        self._thread = thread
+        self._threads.append(thread)
         return True
 
     def _timed(self, builder: Builder) -> None:
-        begun = self._clock()
-        self._put(builder)
-        self.busy_s += self._clock() - begun
+        with self._changed:
+            begun = self._count(1)
+        try:
+            self._put(builder)
+        finally:
+            with self._changed:
+                share_s = self._count(-1) - begun
+        self._took(builder.end, share_s)
+
+    def _count(self, change: int) -> float:
+        """So many more are being put; returns the share up to now. Under the lock."""
+        now = self._clock()
+        if self._putting:
+            self.busy_s += now - self._since
+            self._shared_s += (now - self._since) / self._putting
+        self._since = now
+        self._putting += change
+        self._changed.notify_all()
+        return self._shared_s
 
     def _work(self) -> None:
         while True:
@@ -213,17 +244,19 @@ class Putter:
                 self._changed.wait_for(lambda: self._waiting is not None or self._closed)
                 builder, self._waiting = self._waiting, None
                 if builder is None:
-                    self.cpu_s = time.thread_time()
+                    self.cpu_s += time.thread_time()
                     return
-                self._putting = True
-                self._changed.notify_all()
+                begun = self._count(1)
+            size_bytes = 0
             try:
                 if self._error is None:
-                    self._timed(builder)
+                    self._put(builder)
+                    size_bytes = builder.end
             except BaseException as error:
-                self._error = error
+                self._error = self._error or error
             # It may hold memory that is given back when all is put.
             builder = None
             with self._changed:
-                self._putting = False
-                self._changed.notify_all()
+                share_s = self._count(-1) - begun
+                if size_bytes:
+                    self._took(size_bytes, share_s)

@@ -1,7 +1,7 @@
 """From waves of memory to packs in a store: digest, leave out what is there already, encode, pack, put.
 
 Chunks are digested and encoded ahead in a few lanes, and taken in their own order: the same state gives the
-same packs, but for how its chunks are encoded. One pack is put while the next is filled.
+same packs, but for how its chunks are encoded. Two are put while the next is filled.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from everstep.chain.common import Common, Found
 from everstep.chain.encoding import Base, Encoder, Fresh, Stored, base_of
-from everstep.chain.lanes import Lanes, Putter
+from everstep.chain.lanes import AT_ONCE, Lanes, Putter
 from everstep.format import pack
 from everstep.format.chunk import ALIGNMENT_BYTES, Encoding, aligned, digest, grid
 from everstep.format.layout import Layout, Region
@@ -26,8 +26,8 @@ PACK_BYTES = 64 * 1024 * 1024
 HELD_BYTES = 32 * 1024 * 1024
 """Or when it holds so much memory of its own, for encoded chunks."""
 
-PACKS_AT_ONCE = 3
-"""One is filled, one waits, one is put."""
+PACKS_AT_ONCE = AT_ONCE + 2
+"""One is filled, one waits, the others are put."""
 
 LANES_FROM_BYTES = 16 * 1024 * 1024
 """Smaller states are digested in the calling thread before another has come to work."""
@@ -44,11 +44,17 @@ class Wave:
     region of several slices. `unchanged` are the numbers of regions whose bytes are the same as when this
     memory was last handed over, with the whole of the same layout; a claim about any other time breaks the
     snapshot. It is no promise: such regions are still read where they are needed.
+
+    A wave may be handed over while it is still being filled: `arrived` is called before the bytes up to an
+    address are looked at, and blocks until they are there; what it raises ends the snapshot. `is_full` says
+    whether it will not block any more.
     """
 
     begin: int
     memory: memoryview
     unchanged: frozenset[int] = frozenset()
+    arrived: Callable[[int], None] = field(default=lambda end: None, compare=False)
+    is_full: Callable[[], bool] = field(default=lambda: True, compare=False)
 
 
 @dataclass
@@ -85,7 +91,7 @@ class Draft:
 
     def costs(self) -> dict[str, float]:
         """In milliseconds: what the threads computed to `digest` and to `encode` (choosing how included), the
-        time in which a pack was being put (`write`), and all that the writer's threads computed
+        time in which packs were being put (`write`), and all that the writer's threads computed
         (`cpu_writer`)."""
         seconds = {
             "digest": self.digest_s,
@@ -141,6 +147,7 @@ class Shares:
         lanes: how many threads may digest and encode, the calling one included.
         held_bytes: what a pack may hold of encoded chunks.
         core: to be had while a thread computes.
+        putting: to be had while a pack is put.
         common: the chunks of all of them.
         done: to be called when all is stored, or has failed.
     """
@@ -148,6 +155,7 @@ class Shares:
     lanes: int
     held_bytes: int = HELD_BYTES
     core: Callable[[], AbstractContextManager[None]] = nullcontext
+    putting: AbstractContextManager[object] = field(default_factory=nullcontext)
     common: Common | None = None
     done: Callable[[], None] = lambda: None
 
@@ -186,11 +194,11 @@ class Packing:
         self._held_bytes = 0
         self._frozen = False
         self._region = self._offset = 0
-        self._putter = putter = Putter(put, clock)
+        self._putter = putter = Putter(put, clock, encoder.encodings.put)
         self._lanes = Lanes(shares.lanes, lambda: draft.seen_bytes >= LANES_FROM_BYTES and putter.idle)
         self._shares = shares
         self._common = shares.common
-        self._claims = False
+        self._claims: Callable[[], bool] = lambda: False
         """Whether others may count on what this one is about to store."""
         self._elsewhere: list[_Digested] = []
 
@@ -215,8 +223,9 @@ class Packing:
         """Returns where the next one begins."""
         if wave.begin != begin:
             raise ValueError(f"a wave begins at {wave.begin} where the one before ended at {begin}")
-        # Who waits for the next wave is not to be waited for.
-        self._claims = self._common is not None and len(wave.memory) >= self._draft.layout.arena_bytes
+        # Who waits for the next wave, or for this one to be filled, is not to be waited for.
+        whole = len(wave.memory) >= self._draft.layout.arena_bytes
+        self._claims = wave.is_full if whole else lambda: False
         calls = (partial(self._digest, chunk) for chunk in self._chunks(wave))
         for digested in self._lanes.results(calls):
             self._take(digested)
@@ -251,7 +260,7 @@ class Packing:
         """Whether another writer of this process stores it, or has."""
         if self._common is None:
             return False
-        if self._claims:
+        if self._claims():
             return not self._common.claim(name, self)
         return self._common.find(name) is not None
 
@@ -390,6 +399,7 @@ class Packing:
 
 
 def _view(wave: Wave, at: int, size_bytes: int) -> memoryview:
+    wave.arrived(at + size_bytes)
     start = at - wave.begin
     if size_bytes and not 0 <= start <= start + size_bytes <= len(wave.memory):
         raise ValueError(f"a wave of {len(wave.memory)} bytes from {wave.begin} on cuts what lies at {at}")

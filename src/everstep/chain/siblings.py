@@ -1,7 +1,8 @@
 """What the writers of one process have in common: those of the ranks that a run has on one machine.
 
 They store at the same instants. So together they compute on no more cores than are idle, hold no more memory
-for encoded chunks than one might, and a chunk that several of them have is stored by the first.
+for encoded chunks than one might, put no more packs at a time than a store can take, and a chunk that several
+of them have is stored by the first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from contextlib import contextmanager
 from everstep.chain.common import Common
 from everstep.chain.lanes import idle_cores
 from everstep.chain.packing import HELD_BYTES, PACKS_AT_ONCE, Shares
+
+AIR_PACKS = 8
+"""So many packs all writers may put at a time together: one has two, eight have one each."""
 
 AIR_BYTES = 256 * 1024 * 1024
 """So much memory of their own all writers may hold together, for the encoded chunks of packs under way."""
@@ -35,6 +39,7 @@ class Siblings:
         self._writes = 0
         self._limit = 1
         self._computing = 0
+        self._putting = threading.Semaphore(AIR_PACKS)
         self._takes: dict[object, Common] = {}
 
     def enter(self) -> None:
@@ -58,7 +63,7 @@ class Siblings:
             self._writes += 1
             self._changed.notify_all()
             held_bytes = min(HELD_BYTES, AIR_BYTES // (PACKS_AT_ONCE * max(self._writers, 1)))
-            return Shares(self._limit, held_bytes, self._core, self._common(take), self._done)
+            return Shares(self._limit, held_bytes, self._core, self._putting, self._common(take), self._done)
 
     def _done(self) -> None:
         with self._changed:

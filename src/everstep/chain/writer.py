@@ -17,7 +17,6 @@ from functools import partial
 
 import msgspec
 
-from everstep.chain.common import Common
 from everstep.chain.describing import Described
 from everstep.chain.doomed import Doomed
 from everstep.chain.earlier import Earlier
@@ -340,7 +339,7 @@ class Writer:
             self._describe(draft.layout).shared,
             self._before(draft.layout, whole),
             self._encoder,
-            partial(self._put_pack, draft, mine.common),
+            partial(self._put_pack, draft, mine),
             self.chain.about.grid_bytes,
             self._clock,
             self._thread_clock,
@@ -370,25 +369,24 @@ class Writer:
         if earlier is not None:
             self._earlier.append(earlier)
 
-    def _put_pack(self, draft: Draft, common: Common | None, builder: pack.Builder) -> None:
-        begun = self._clock()
+    def _put_pack(self, draft: Draft, shares: Shares, builder: pack.Builder) -> None:
         name, parts = builder.finish()
-        made = self._put_named(keys.pack, name, parts)
-        if made is None:
-            name, parts = builder.finish(salt=secrets.token_bytes(16))
+        with shares.putting:
             made = self._put_named(keys.pack, name, parts)
+            if made is None:
+                name, parts = builder.finish(salt=secrets.token_bytes(16))
+                made = self._put_named(keys.pack, name, parts)
         if made:
             draft.made.add(name)
         size_bytes = sum(map(len, parts))
-        self.encodings.put(size_bytes, self._clock() - begun)
         draft.packs[name] = size_bytes
         draft.stored.append(size_bytes)
         for entry in builder.entries:
             draft.places[entry.digest] = Place(
                 name, entry.offset, entry.stored_bytes, entry.encoding, entry.base
             )
-        if common is not None:
-            common.put((entry.digest, draft.found(entry.digest)) for entry in builder.entries)
+        if shares.common is not None:
+            shares.common.put((entry.digest, draft.found(entry.digest)) for entry in builder.entries)
 
     def _put_named(self, key_of: Callable[[str], str], name: str, parts: list[Buffer]) -> bool | None:
         """Put an object that is named by its digest. True: there was none; False: it was there before. None:

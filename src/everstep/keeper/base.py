@@ -227,6 +227,9 @@ class Pending:
         self._released.set()
 
     def finish(self, snapshot: Snapshot | None, error: BaseException | None = None) -> None:
+        """Say what became of it. Only the first call counts."""
+        if self._done.is_set():
+            return
         self._snapshot, self._error = snapshot, error
         self._released.set()
         self._done.set()
@@ -313,7 +316,7 @@ class Held:
 
 
 class Keeper(Protocol):
-    """Calls are made by the run's own thread, but for `wave` and `end`, which its capture thread makes."""
+    """Calls are made by the run's own thread, but what is said of a job its capture thread may say."""
 
     def held(self) -> list[Held]:
         """What lies in arenas since an earlier process of this run and rank, newest first. Blocks until the
@@ -344,13 +347,29 @@ class Keeper(Protocol):
     def submit(self, job: Job) -> None:
         """Announce a snapshot; its waves follow. Does not block."""
 
-    def wave(self, job: Job, arena: Arena, begin: int, end: int, unchanged: frozenset[int]) -> None:
+    def wave(
+        self,
+        job: Job,
+        arena: Arena,
+        begin: int,
+        end: int,
+        unchanged: frozenset[int],
+        filled: int | None = None,
+    ) -> None:
         """Hand over an arena whose first bytes are those of the layout's addresses `begin` to `end`; see
         `chain.writer.Wave` for `unchanged`. Does not block. The arena is lent again once it is stored: a
-        whole snapshot's when that is durable, others as soon as their bytes are."""
+        whole snapshot's when that is durable, others as soon as their bytes are.
+
+        Where it is all of the state it may be handed over while it is being filled: `filled` is up to where
+        that has come. Behind it the caller may write until `end` or `drop`."""
+
+    def arrived(self, job: Job, end: int) -> None:
+        """The arena that was handed over before it was full is filled up to the address `end`; what lies
+        before is not written to any more. Does not block."""
 
     def end(self, job: Job) -> None:
-        """All waves of the job were handed over."""
+        """All waves of the job were handed over, and it is what is to become a snapshot: before this it is
+        digested and written, and not committed."""
 
     def drop(self, job: Job) -> None:
         """The job cannot be completed: nothing of it is to become a snapshot. Its waves' arenas are freed."""

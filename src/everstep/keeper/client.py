@@ -54,6 +54,7 @@ class _Filled:
     begin: int
     end: int
     unchanged: frozenset[int]
+    filled: int
     freed: bool = False
 
 
@@ -282,17 +283,38 @@ class ProcessKeeper:
         with self._changed:
             opened = self._open[job] = _Open(self._number(), job)
             if self._link is not None and self._link.begun:
-                self._say_submit(opened)
-            self._need()
+                self._say_submit(opened, more=True)
+            else:
+                self._need()
 
-    def wave(self, job: Job, arena: Arena, begin: int, end: int, unchanged: frozenset[int]) -> None:
+    def wave(
+        self,
+        job: Job,
+        arena: Arena,
+        begin: int,
+        end: int,
+        unchanged: frozenset[int],
+        filled: int | None = None,
+    ) -> None:
         with self._changed:
             opened, lent = self._open[job], self._lent[arena]
-            if begin == end or opened.tidied:
+            if filled is None and (begin == end or opened.tidied):
                 self._set_free(lent)
                 return
-            opened.waves.append(_Filled(lent, begin, end, unchanged))
-            self._say_wave(opened, opened.waves[-1])
+            filled = end if filled is None else filled
+            opened.waves.append(_Filled(lent, begin, end, unchanged, filled))
+            if not opened.tidied:
+                # After one that is all of the state, and all there, `end` follows at once; but of several
+                # ranks only when they have agreed.
+                whole = (begin, filled) == (0, job.layout.arena_bytes)
+                self._say_wave(opened, opened.waves[-1], more=whole and self._ranks == 1)
+
+    def arrived(self, job: Job, end: int) -> None:
+        with self._changed:
+            opened = self._open[job]
+            opened.waves[-1].filled = end
+            if not opened.tidied:
+                self._say(protocol.Arrived(opened.number, end))
 
     def end(self, job: Job) -> None:
         self._end(self._open[job])
@@ -303,7 +325,9 @@ class ProcessKeeper:
     def _end(self, opened: _Open, dropped: bool = False) -> None:
         with self._changed:
             opened.ended, opened.dropped = True, dropped
-            if not opened.tidied:
+            if opened.tidied:
+                self._set_free_all(opened)
+            else:
                 self._say_end(opened)
             self._forget_if_over(opened)
 
@@ -348,13 +372,14 @@ class ProcessKeeper:
             with suppress(BlockingIOError):
                 os.write(self._waking, b"\0")
 
-    def _say(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
+    def _say(self, message: Message, descriptors: tuple[int, ...] = (), *, more: bool = False) -> None:
+        """`more`: another follows at once, and one call sends both."""
         if self._link is not None and self._link.begun:
-            self._link.connection.send(message, descriptors)
-            if self._link.connection.unsent_bytes:
+            self._link.connection.send(message, descriptors, more=more)
+            if not more and self._link.connection.unsent_bytes:
                 self._wake()
 
-    def _say_submit(self, opened: _Open) -> None:
+    def _say_submit(self, opened: _Open, *, more: bool = False) -> None:
         job = opened.job
         message = protocol.Submit(
             job=opened.number,
@@ -368,15 +393,17 @@ class ProcessKeeper:
         )
         opened.again = True
         try:
-            self._say(message)
+            self._say(message, more=more)
         except Unsupported as error:
             self._settle_without(opened, error)
             return
         self._layout = job.layout
 
-    def _say_wave(self, opened: _Open, filled: _Filled) -> None:
+    def _say_wave(self, opened: _Open, filled: _Filled, *, more: bool = False) -> None:
         unchanged = tuple(sorted(filled.unchanged))
-        self._say(protocol.Fill(opened.number, filled.lent.number, filled.begin, filled.end, unchanged))
+        lent = filled.lent.number
+        message = protocol.Fill(opened.number, lent, filled.begin, filled.end, unchanged, filled.filled)
+        self._say(message, more=more)
 
     def _say_end(self, opened: _Open) -> None:
         costs = {name: float(cost) for name, cost in opened.job.facts.costs.items()}
@@ -547,8 +574,9 @@ class ProcessKeeper:
         self._wake()
 
     def _set_free_all(self, opened: _Open) -> None:
+        """But for an arena that is still being filled: that waits for the job's end."""
         for filled in opened.waves:
-            if not filled.freed:
+            if not filled.freed and (opened.ended or filled.filled == filled.end):
                 filled.freed = True
                 self._set_free(filled.lent)
 

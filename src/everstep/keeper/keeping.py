@@ -45,7 +45,8 @@ class _Filled:
 
 
 class Given:
-    """A job on its way through a keeper: one thread hands its waves over, another stores them.
+    """A job on its way through a keeper: one thread hands its waves over, another stores them. A wave that
+    holds all of the state may be stored while it is still being filled.
 
     Args:
         job: what is to be stored.
@@ -72,16 +73,37 @@ class Given:
         self.dropped = False
         self._waves: queue.SimpleQueue[_Filled | None] = queue.SimpleQueue()
         self._current: _Filled | None = None
+        self._arrived = 0
+        self._arrives = threading.Condition()
 
-    def wave(self, arena: Arena, begin: int, end: int, unchanged: frozenset[int]) -> None:
+    def wave(
+        self, arena: Arena, begin: int, end: int, unchanged: frozenset[int], filled: int | None = None
+    ) -> None:
+        """An arena for the addresses `begin` to `end`; see `base.Keeper.wave`."""
         if begin == end:
             self._free(arena)
             return
-        wave = Wave(begin, arena.first(end - begin), unchanged)
+        self.arrived(end if filled is None else filled)
+        memory = arena.first(end - begin)
+        wave = Wave(begin, memory, unchanged, self._wait_for, lambda: self._arrived >= end)
         self._waves.put(_Filled(arena, wave, (begin, end) == (0, self.job.layout.arena_bytes)))
 
+    def arrived(self, end: int) -> None:
+        """What lies up to an address is there."""
+        with self._arrives:
+            self._arrived = end
+            self._arrives.notify_all()
+
+    def _wait_for(self, end: int) -> None:
+        if self._arrived >= end:
+            return
+        with self._arrives:
+            self._arrives.wait_for(lambda: self._arrived >= end or self.dropped)
+            if self._arrived < end:
+                raise Dropped
+
     def end(self) -> None:
-        """No more waves come."""
+        """No more waves come, and all is there."""
         self.ended = True
         if self.phase == ARRIVING:
             self.phase = WAITING
@@ -89,7 +111,9 @@ class Given:
 
     def drop(self) -> None:
         """It cannot be completed."""
-        self.dropped = True
+        with self._arrives:
+            self.dropped = True
+            self._arrives.notify_all()
         self.end()
 
     @property
@@ -113,12 +137,17 @@ class Given:
         self.job.facts.costs.update(self._measure())
 
     def finish(self) -> None:
-        """Free what it still has; where it failed, waits for the waves that are still to come."""
-        self._free_current()
+        """Free what it still has; where it failed, waits for the waves that are still to come. What holds all
+        of the state may be written to until then."""
+        if self._current is not None and not self._current.whole:
+            self._free_current()
         while not self.ended or not self._waves.empty():
             filled = self._waves.get()
-            if filled is not None:
+            if filled is not None and filled.whole:
+                self._current = filled
+            elif filled is not None:
                 self._free(filled.arena)
+        self._free_current()
 
     def _free_current(self) -> None:
         if self._current is not None:

@@ -12,6 +12,7 @@ of another to finish and leave.
 from __future__ import annotations
 
 import array
+import itertools
 import os
 import socket
 import struct
@@ -47,7 +48,7 @@ from everstep.keeper.reading import LARGEST_BYTES
 from everstep.store.base import MAX_KEY_CHARACTERS
 from everstep.version import __version__
 
-PROTOCOL = 5
+PROTOCOL = 6
 VERSION = f"{__version__}/{PROTOCOL}"
 """Both sides must be of the same: a keeper also writes the chain as its version does."""
 
@@ -65,6 +66,9 @@ MAX_HELD = 2
 MAX_TEXT = 4 * 1024 * 1024
 
 _RECEIVE_BYTES = 256 * 1024
+_TOGETHER = 16
+"""So many frames are sent with one call."""
+
 _TURN_BYTES = 64 * 1024 * 1024
 _LENGTH = struct.Struct("<I")
 _CREDENTIALS = struct.Struct("3i")
@@ -297,13 +301,22 @@ class Submit(Message, tag="submit", frozen=True):
 
 
 class Fill(Message, tag="wave", frozen=True):
-    """The arena holds the bytes of addresses `begin` to `end` of the job's layout."""
+    """The arena holds the bytes of addresses `begin` to `end` of the job's layout. Where that is all of the
+    state it may hold those up to `filled` only: `Arrived` tells of the others."""
 
     job: Number
     arena: Number
     begin: Address
     end: Address
     unchanged: Annotated[tuple[Number, ...], msgspec.Meta(max_length=MAX_ITEMS)]
+    filled: Address | None = None
+
+
+class Arrived(Message, tag="arrived", frozen=True):
+    """The job's arena is filled up to the address `end`."""
+
+    job: Number
+    end: Address
 
 
 class End(Message, tag="end", frozen=True):
@@ -511,7 +524,8 @@ class Stands(Message, tag="stands", frozen=True):
 
 ToKeeper: TypeAlias = (
     Hello | Leave | Ask
-    | Settle | Read | Begin | Prepare | Bring | Discard | Submit | Fill | End | Drop | Tidy | Goodbye
+    | Settle | Read | Begin | Prepare | Bring | Discard
+    | Submit | Fill | Arrived | End | Drop | Tidy | Goodbye
 )  # fmt: skip
 ToTrainer: TypeAlias = (
     Welcome
@@ -665,16 +679,21 @@ class Connection:
 
     # -- sending --------------------------------------------------------------------------------------------
 
-    def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+    def send(self, message: Message, descriptors: Sequence[int] = (), *, more: bool = False) -> None:
         """Send what the socket takes now; the rest waits for `flush`. The descriptors stay the caller's.
-        Where the other end is gone nothing happens: `receive` will tell."""
-        self.send_frame(encode(message), descriptors)
+        Where the other end is gone nothing happens: `receive` will tell.
 
-    def send_frame(self, frame: bytes, descriptors: Sequence[int] = ()) -> None:
+        Args:
+            more: another message follows at once, and is to arrive with this.
+        """
+        self.send_frame(encode(message), descriptors, more=more)
+
+    def send_frame(self, frame: bytes, descriptors: Sequence[int] = (), *, more: bool = False) -> None:
         with self._emptied:
             if self.fileno() >= 0:
                 self._unsent.append(_Unsent(memoryview(frame), [os.dup(one) for one in descriptors]))
-                self._flush()
+                if not more:
+                    self._flush()
 
     def flush(self) -> None:
         """Send more of what could not be sent at once."""
@@ -694,17 +713,25 @@ class Connection:
     def _flush(self) -> None:
         try:
             while self._unsent:
-                first = self._unsent[0]
-                sent = self._sock.sendmsg([first.data], _ancillary(first.descriptors))
-                _close(first.descriptors)
-                first.data = first.data[sent:]
-                if not first.data:
+                together = self._next()
+                first = together[0].descriptors
+                sent = self._sock.sendmsg([one.data for one in together], _ancillary(first))
+                _close(first)
+                for one in together:
+                    one.data, sent = one.data[sent:], max(sent - len(one.data), 0)
+                    if one.data:
+                        break
                     self._unsent.popleft()
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
             self._forget_unsent()
         self._emptied.notify_all()
+
+    def _next(self) -> list[_Unsent]:
+        """Frames to be sent with one call: descriptors travel with the first."""
+        first, *others = itertools.islice(self._unsent, _TOGETHER)
+        return [first, *itertools.takewhile(lambda one: not one.descriptors, others)]
 
     def _forget_unsent(self) -> None:
         for one in self._unsent:

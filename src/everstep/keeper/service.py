@@ -333,6 +333,8 @@ class Service:
                 work.submit(message)
             case protocol.Fill():
                 work.fill(message)
+            case protocol.Arrived():
+                work.arrived(message)
             case protocol.End():
                 work.end(message)
             case protocol.Drop():

@@ -113,8 +113,19 @@ class ThreadKeeper:
             given = self._open[job] = Given(job, self.give_back)
         self._given.put(given)
 
-    def wave(self, job: Job, arena: Arena, begin: int, end: int, unchanged: frozenset[int]) -> None:
-        self._open[job].wave(arena, begin, end, unchanged)
+    def wave(
+        self,
+        job: Job,
+        arena: Arena,
+        begin: int,
+        end: int,
+        unchanged: frozenset[int],
+        filled: int | None = None,
+    ) -> None:
+        self._open[job].wave(arena, begin, end, unchanged, filled)
+
+    def arrived(self, job: Job, end: int) -> None:
+        self._open[job].arrived(end)
 
     def end(self, job: Job) -> None:
         self._open[job].end()

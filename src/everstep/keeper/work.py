@@ -237,6 +237,9 @@ class Work:
         self._forget(arena)
         self._job(message.job).fill(arena, message)
 
+    def arrived(self, message: protocol.Arrived) -> None:
+        self._job(message.job).arrived(message.end)
+
     def end(self, message: protocol.End) -> None:
         self._job(message.job).end(message.costs)
 
@@ -447,7 +450,7 @@ class _Held:
         self.number = number
         self.again = again
         self.given = Given(job, free, self._measured)
-        self._end = 0
+        self._end = self._arrived = 0
         self._cpu_s = 0.0
 
     def fill(self, arena: Arena, message: protocol.Fill) -> None:
@@ -456,11 +459,21 @@ class _Held:
             raise Damaged(f"a wave of job {self.number} does not follow on the one before")
         if message.end > self.given.job.layout.arena_bytes:
             raise Damaged(f"a wave of job {self.number} goes past its layout")
-        self._end = message.end
-        self.given.wave(arena, message.begin, message.end, frozenset(message.unchanged))
+        whole = (message.begin, message.end) == (0, self.given.job.layout.arena_bytes)
+        filled = message.end if message.filled is None else message.filled
+        if not message.begin <= filled <= message.end or (filled < message.end and not whole):
+            raise Damaged(f"a wave of job {self.number} cannot be filled up to {filled}")
+        self._end, self._arrived = message.end, filled
+        self.given.wave(arena, message.begin, message.end, frozenset(message.unchanged), filled)
+
+    def arrived(self, end: int) -> None:
+        if not self._arrived <= end <= self._end:
+            raise Damaged(f"job {self.number} cannot have arrived up to {end}")
+        self._arrived = end
+        self.given.arrived(end)
 
     def end(self, costs: dict[str, float]) -> None:
-        if self._end != self.given.job.layout.arena_bytes:
+        if self._arrived != self.given.job.layout.arena_bytes:
             raise Damaged(f"job {self.number} ends before its layout does")
         self.given.job.facts.costs.update(costs)
         self.given.end()

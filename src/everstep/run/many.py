@@ -263,7 +263,7 @@ class RunOfMany(Run):
     def _skip(self, one: Declined) -> None:
         """As a run of one rank skips what it has no room for."""
         if self._together.leads and self._skipped.bit_count() == 1:
-            self._emit(Missed(self._steps, one.wish.trigger, self._skipped))
+            self._emit(Missed(one.wish.at or self._steps, one.wish.trigger, self._skipped))
 
     def _ask_for_triggers(self) -> None:
         now = self._clock()

@@ -349,7 +349,8 @@ class Run:
             reasons.append("the snapshot has no position of a loader")
         else:
             remarks.append("no loader was given, its position is yours to keep")
-        self._repeat = Repeat(self._log.after(self._steps))
+        # Other numbers of ranks have other batches.
+        self._repeat = Repeat(self._log.after(self._steps) if ranks == self._world.ranks else {})
         self.resumed = Resumed(
             self.chain.url,
             snapshot.id,
@@ -656,7 +657,7 @@ class Run:
         return Occasion(
             facts,
             self._collect,
-            self._log.cut,
+            self._log.cut_in_time,
             self._metrics(),
             pending,
             overlap,

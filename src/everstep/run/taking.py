@@ -19,7 +19,7 @@ from everstep.format.record import Number
 from everstep.format.values import encode
 from everstep.keeper.arena import Arena
 from everstep.keeper.base import ARENAS, Job, Keeper, Outcome, Pending, Standings
-from everstep.state.capture import Capture, Capturer
+from everstep.state.capture import Arrived, Capture, Capturer
 from everstep.state.collecting import Collected
 from everstep.state.copying import copy_range
 
@@ -106,8 +106,10 @@ class Taking:
         self._journals: deque[EndedJournal] = deque()
         self._memory: dict[Job, memoryview] = {}
         self._useless: deque[memoryview] = deque()
-        self._withdrawn: set[Job] = set()
-        """Jobs that were never to become anything."""
+        self._ahead_of: set[Job] = set()
+        """What the keeper was handed and is not copied yet."""
+        self._dropped: set[Job] = set()
+        """Of what is to become nothing, and that was told: until the keeper has let go of it."""
 
     def prepare(self, collected: Collected) -> None:
         """Have arenas made for such a state, in the background. Does not block."""
@@ -155,6 +157,7 @@ class Taking:
                     arena.memory,
                     overlap=occasion.overlap and self._overlap,
                     then=partial(self._captured, job, arena, occasion, (time.thread_time() - worked) * 1e3),
+                    ahead=partial(self._ahead, job, arena, occasion),
                 )
             except BaseException:
                 self._keeper.give_back(arena)
@@ -171,7 +174,7 @@ class Taking:
         """Let the other ranks know that this one has no part in a take that they have agreed on."""
         job = Job(self._capturer.layout(occasion.collect()), occasion.facts)
         job.take = occasion.number
-        self._withdrawn.add(job)
+        self._dropped.add(job)
         self._keeper.submit(job)
         self._keeper.drop(job)
 
@@ -197,19 +200,40 @@ class Taking:
         self.taken_step = job.facts.step
         self.again = False
 
+    def _ahead(self, job: Job, arena: Arena, occasion: Occasion, capture: Capture) -> Arrived:
+        """A large copy begins: the keeper may digest and write what of it is there. Runs in the capture's
+        thread where there is one."""
+        self._describe(job, occasion, capture)
+        self._hand_over(job, arena, capture, filled=0)
+        self._ahead_of.add(job)
+        return partial(self._keeper.arrived, job)
+
+    def _describe(self, job: Job, occasion: Occasion, capture: Capture) -> None:
+        job.values = capture.values
+        job.facts = replace(job.facts, metrics=dict(occasion.metrics()), costs={})
+
+    def _hand_over(self, job: Job, arena: Arena, capture: Capture, filled: int | None = None) -> None:
+        self._memory[job] = arena.memory
+        self._keeper.submit(job)
+        self._keeper.wave(job, arena, 0, job.layout.arena_bytes, capture.unchanged, filled)
+
     def _captured(
         self, job: Job, arena: Arena, occasion: Occasion, worked_ms: float, capture: Capture
     ) -> None:
-        """All is copied: hand it over. Runs in the capture's thread where there is one."""
+        """All is copied: it becomes a snapshot. Runs where `_ahead` does."""
         job.pending.release()
-        metrics: dict[str, Number] = {}
-        if capture.error is None and not capture.changed:
+        ahead = job in self._ahead_of
+        self._ahead_of.discard(job)
+        if not ahead and capture.is_of_use:
             try:
-                metrics = dict(occasion.metrics())
+                self._describe(job, occasion, capture)
             except BaseException as error:
                 capture.error = error
-        if capture.error is not None or capture.changed:
-            self._keeper.give_back(arena)
+        if not capture.is_of_use:
+            if ahead:
+                self._drop(job)
+            else:
+                self._keeper.give_back(arena)
             self._lost(job, capture)
             return
         for remark in capture.remarks:
@@ -217,42 +241,42 @@ class Taking:
         for leaf in capture.stale:
             self._emit(Warned(f"{leaf} is frozen, and changed all the same: it is captured as it is now"))
         begun = job.facts.begun or time.monotonic()
-        job.values = capture.values
-        job.facts = replace(
-            job.facts,
-            metrics=metrics,
-            costs={
+        job.facts.costs.update(
+            {
                 "stall": (capture.handed_at - begun) * 1e3 + capture.fence_ms,
                 "capture": capture.copy_ms,
                 "fence": capture.fence_ms,
                 "cpu_trainer": worked_ms + capture.cpu_ms,
                 "arena_bytes": arena.size_bytes * ARENAS,
-            },
+            }
         )
-        self._memory[job] = arena.memory
-        self._keeper.submit(job)
-        self._keeper.wave(job, arena, 0, job.layout.arena_bytes, capture.unchanged)
-        self._hand_over(job, occasion, capture.sample)
+        if not ahead:
+            self._hand_over(job, arena, capture)
+        self._conclude(job, occasion, capture.sample)
 
-    def _hand_over(self, job: Job, occasion: Occasion, sample: bytes) -> None:
+    def _conclude(self, job: Job, occasion: Occasion, sample: bytes) -> None:
         """All of it is there: it may become a snapshot, or nothing."""
         occasion.agree(sample, partial(self._agreed, job))
 
     def _agreed(self, job: Job, why: str) -> None:
-        if why:
-            self._emit(Failed(job.facts.step, why))
-            self._journals.extend(job.journals)
-            if self.taken_step == job.facts.step:
-                self.taken_step = None
-            self.again = True
-            self._withdrawn.add(job)
-            self._keeper.drop(job)
-        else:
+        if not why:
             self._keeper.end(job)
+            return
+        self._emit(Failed(job.facts.step, why))
+        if self.taken_step == job.facts.step:
+            self.taken_step = None
+        self.again = True
+        self._drop(job)
+
+    def _drop(self, job: Job) -> None:
+        """What the keeper was handed may become nothing. The caller tells why."""
+        self._take_back_journals(job)
+        self._dropped.add(job)
+        self._keeper.drop(job)
 
     def _lost(self, job: Job, capture: Capture) -> None:
         """The capture is of no use."""
-        self._journals.extend(job.journals)
+        self._take_back_journals(job)
         self.taken_step = None
         self.again = True
         error = capture.error
@@ -299,7 +323,7 @@ class Taking:
             cpu_trainer=(time.thread_time() - worked) * 1e3,
             arena_bytes=self._arena_bytes * ARENAS,
         )
-        self._hand_over(job, occasion, collected.watch.now())
+        self._conclude(job, occasion, collected.watch.now())
 
     # -- the fence ----------------------------------------------------------------------------------------
 
@@ -329,8 +353,8 @@ class Taking:
         """To be told by the keeper, in its thread, before the job's `Pending` is."""
         job = outcome.job
         memory = self._memory.pop(job, None)
-        if job in self._withdrawn:
-            self._withdrawn.remove(job)
+        if job in self._dropped:
+            self._dropped.discard(job)
             if memory is not None:
                 self._useless.append(memory)
             return
@@ -340,7 +364,7 @@ class Taking:
             assert outcome.error is not None
             if memory is not None:
                 self._useless.append(memory)
-            self._journals.extend(job.journals)
+            self._take_back_journals(job)
             if isinstance(outcome.error, Unavailable) and outcome.error.away:
                 self._kept_from_storing(job, outcome.error)
                 return
@@ -416,6 +440,11 @@ class Taking:
         self._capturer.close()
         self._keeper.close()
         return self._unsealed()
+
+    def _take_back_journals(self, job: Job) -> None:
+        """Of a snapshot that there will not be."""
+        self._journals.extend(job.journals)
+        job.journals = ()
 
     def _unsealed(self) -> list[EndedJournal]:
         """The journals of snapshots that failed; they are the caller's now."""

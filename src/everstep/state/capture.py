@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeAlias
 
 import torch
 
@@ -26,6 +27,15 @@ LOOK_AGAIN = 10
 
 BESIDE_FROM_BYTES = 1024 * 1024
 """What is less is copied while the loop waits: that takes less than a millisecond."""
+
+AHEAD_FROM_BYTES = 64 * 1024 * 1024
+"""From this size on it is worth telling how far a copy has come: what is less is there before it was used."""
+
+AHEAD_BYTES = 32 * 1024 * 1024
+"""It is told after so many bytes."""
+
+Arrived: TypeAlias = Callable[[int], None]
+"""Is told up to which address of the layout all is there, and stays as it is."""
 
 
 class Capture:
@@ -64,6 +74,11 @@ class Capture:
         self._asked = threading.Event()
         self._marks: list[tuple[Side, Event]] = []
         self._fence_began: float | None = None
+
+    @property
+    def is_of_use(self) -> bool:
+        """Once it is all there: whether it may become a snapshot."""
+        return self.error is None and not self.changed
 
     def differences(self) -> list[str]:
         """The leaves that an optimizer's step may change and that are not, now, what was captured: none
@@ -158,6 +173,7 @@ class Capturer:
         *,
         overlap: bool,
         then: Callable[[Capture], None],
+        ahead: Callable[[Capture], Arrived] | None = None,
     ) -> Capture:
         """Copy a state into an arena.
 
@@ -171,6 +187,9 @@ class Capturer:
             memory: `layout.arena_bytes` or more; the same object for the same arena.
             then: called when all is there (or was found to be of no use), in the thread if there is one. It
                 must not raise.
+            ahead: where what is copied is large and all the host's, it is called in the same thread before
+                that, with `values` and `unchanged` of the capture set. What it returns is told how far the
+                copy has come. Whether that is of use is known at the end only.
         """
         worked = time.thread_time()
         capture = Capture()
@@ -196,7 +215,7 @@ class Capturer:
             _stop(work.sides)
             slot.copied.clear()
             raise
-        complete = partial(self._complete, capture, collected, slot, work, held, then)
+        complete = partial(self._complete, capture, collected, slot, work, held, then, ahead)
         capture.cpu_ms = (time.thread_time() - worked) * 1e3
         if beside:
             capture.handed_at = time.monotonic()
@@ -276,6 +295,7 @@ class Capturer:
         work: _Work,
         held: list[Pair],
         then: Callable[[Capture], None],
+        ahead: Callable[[Capture], Arrived] | None,
     ) -> None:
         """Copy the rest, in whatever thread."""
         begun, worked = time.perf_counter(), time.thread_time()
@@ -283,31 +303,27 @@ class Capturer:
             if work.sides and slot.lock is None:
                 self._lock(capture, slot, work)
             collected.watch.look(late=True, where=work.on)
-            held += _copy(slot, "late", work.late + work.frozen, work.sides)
+            if ahead is not None and work.is_worth_telling:
+                self._copy_in_order(capture, collected, slot, work, ahead)
+            else:
+                held += _copy(slot, "late", work.late + work.frozen, work.sides)
             for witness in capture._witnesses:
                 if witness.side is None:
                     witness.settle()
             marks = _marks(work.sides)
             capture.note_asked(marks)
             _finish(marks, held)
-            capture.stale = _copy_stale(slot, work)
-            for other in self._slots:
-                if other is not slot:
-                    for one in work.stale:
-                        other.copied.pop(one.number, None)
+            if not capture.values:
+                self._describe(capture, collected, slot, work)
             for witness in capture._witnesses:
                 with _on(witness.side):
                     capture.changed += witness.changed(slot.samples(witness))
-            touched = {slot.layout.places[one.number][0] for one in work.copied}
-            capture.unchanged = slot.frozen_regions - touched
             capture.sample = collected.watch.sample(work.on)
-            # The tree is this capture's own, of values that nobody changes: it has time until now.
-            capture.values = values.encode(collected.tree)
         except BaseException as error:
             capture.error = error
             capture.note_asked(())  # Nothing is to wait for a copy that is of no use.
             _stop(work.sides)
-        if capture.error is not None or capture.changed:
+        if not capture.is_of_use:
             slot.copied.clear()
         capture.handed_at = capture.handed_at or time.monotonic()
         capture.copy_ms += (time.perf_counter() - begun) * 1e3
@@ -317,6 +333,50 @@ class Capturer:
             then(capture)
         finally:
             capture.done.set()
+
+    def _describe(self, capture: Capture, collected: Collected, slot: Slot, work: _Work) -> None:
+        """What is told of a state besides its bytes; frozen leaves are looked after on the way."""
+        capture.stale = _copy_stale(slot, work)
+        for other in self._slots:
+            if other is not slot:
+                for one in work.stale:
+                    other.copied.pop(one.number, None)
+        touched = {slot.layout.places[one.number][0] for one in work.copied}
+        capture.unchanged = slot.frozen_regions - touched
+        # The tree is this capture's own, of values that nobody changes: it has time until now.
+        capture.values = values.encode(collected.tree)
+
+    def _copy_in_order(
+        self,
+        capture: Capture,
+        collected: Collected,
+        slot: Slot,
+        work: _Work,
+        ahead: Callable[[Capture], Arrived],
+    ) -> None:
+        """Copy in the order of addresses, and tell how far that has come. The first piece comes before all
+        that takes the interpreter's lock: the loop is about to go on."""
+        pieces = self._in_order(slot, work.late)
+        first = next(pieces)
+        copy([*first.pairs, *((one.view, one.source) for one in work.frozen)])
+        self._describe(capture, collected, slot, work)
+        arrived = ahead(capture)
+        arrived(first.end)
+        for piece in pieces:
+            copy(piece.pairs)
+            arrived(piece.end)
+
+    def _in_order(self, slot: Slot, moves: Sequence[Move]) -> Iterator[_Copies]:
+        """The copies to be made, in pieces: all that lies before the end of one is there with it."""
+        pairs: list[Pair] = []
+        size_bytes = 0
+        for one in sorted(moves, key=lambda one: slot.starts[one.number]):
+            if size_bytes >= AHEAD_BYTES:
+                yield _Copies(pairs, slot.starts[one.number])
+                pairs, size_bytes = [], 0
+            pairs.append((one.view, one.source))
+            size_bytes += slot.layout.slices[one.number].size_bytes
+        yield _Copies(pairs, slot.layout.arena_bytes)
 
     def _lock(self, capture: Capture, slot: Slot, work: _Work) -> None:
         """Lock an arena's pages, once as long as it is there; layouts may come and go."""
@@ -332,6 +392,14 @@ class Capturer:
             side.forget_error(like)
             reason = slot.lock.error
             capture.remarks.append(f"an arena's pages could not be locked ({reason}): copies are slower")
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """Some of a state's copies; all that lies at addresses before `end` is there when they are made."""
+
+    pairs: Sequence[Pair]
+    end: int
 
 
 class _Laid:
@@ -413,6 +481,11 @@ class _Work:
         if self.sides:
             return bool(self.late)
         return self.late_bytes >= BESIDE_FROM_BYTES
+
+    @property
+    def is_worth_telling(self) -> bool:
+        """Whether somebody may begin with what is there before all is; a device's copies come all at once."""
+        return not self.sides and self.late_bytes >= AHEAD_FROM_BYTES
 
 
 def _copy(slot: Slot, occasion: str, moves: Sequence[Move], sides: Sequence[Side]) -> list[Pair]:

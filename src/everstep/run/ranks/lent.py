@@ -31,6 +31,9 @@ class NoLog:
     def cut(self) -> list[EndedJournal]:
         return []
 
+    def cut_in_time(self) -> list[EndedJournal]:
+        return []
+
     def seal(self, journals: Sequence[EndedJournal]) -> None:
         """Does nothing."""
 
