@@ -5,10 +5,10 @@ with as many ranks or with others.
 
 Three trainings (DDP; FSDP2; FSDP2 with tensor parallelism) of a small model with dropout, AdamW, a learning
 rate schedule and a shuffled loader, on the CPU with gloo, with a snapshot every three steps. In turn one rank
-is killed, all ranks, torchrun and all ranks, a keeper. At each start what came back is held, byte for byte,
-against what one process reads out of the chain. With the same number of ranks the losses and the final state
-are those of a training that nobody disturbed, bit for bit. With another number each sample of an epoch is
-trained exactly once.
+is killed, torchrun and all ranks, all ranks, a keeper. At each start what came back is held, byte for byte,
+against what one process reads out of the chain. With the same number of ranks, started by this program or by
+`torchrun --max-restarts`, the losses and the final state are those of a training that nobody disturbed, bit
+for bit. With another number each sample of an epoch is trained exactly once.
 """
 
 from __future__ import annotations
@@ -130,8 +130,11 @@ def stored_state(path: str, snapshot: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def train(kind: str, path: str, log: str) -> None:
+def train(kind: str, path: str, log: str, epochs: int) -> None:
     """A rank's training, to its end."""
+    # What a start before this one has said stays.
+    into = Path(f"{log}.{int(os.environ['TORCHELASTIC_RESTART_COUNT']):04d}")
+    into.mkdir(exist_ok=True)
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(1)
@@ -147,7 +150,7 @@ def train(kind: str, path: str, log: str) -> None:
     run = everstep.open(
         path, model=model, optimizer=optimizer, schedule=schedule, data=loader, every="3 steps", keep="all"
     )
-    out = open(f"{log}/{rank}.jsonl", "w", buffering=1)  # noqa: SIM115
+    out = open(into / f"{rank}.jsonl", "w", buffering=1)  # noqa: SIM115
 
     def say(**facts: Any) -> None:
         out.write(json.dumps({"rank": rank, "ranks": ranks, **facts}) + "\n")
@@ -159,7 +162,7 @@ def train(kind: str, path: str, log: str) -> None:
             same = mine.keys() == stored.keys() and all(torch.equal(mine[one], stored[one]) for one in mine)
             say(resumed=run.step, same=same, exact=run.resumed.exact, snapshot=run.resumed.snapshot)
     say(started=run.step)
-    while run.epoch < EPOCHS:
+    while run.epoch < epochs:
         sampler.set_epoch(run.epoch)
         for inputs, numbers in run.steps():
             loss = ((model(inputs).squeeze(1) - numbers / SAMPLES) ** 2).mean()
@@ -189,16 +192,21 @@ class Found:
     wrong: list[str] = field(default_factory=list)
 
 
-def started(kind: str, ranks: int, path: Path, log: Path, **environment: str) -> subprocess.Popen[bytes]:
+def started(
+    kind: str, ranks: int, path: Path, log: Path, epochs: int, restarts: int
+) -> subprocess.Popen[bytes]:
+    """A torchrun that starts its ranks again, after one died, so many times."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+        f"--max-restarts={restarts}",
         "-m", "bench.ranks_kill", "--train", kind, "--path", str(path), "--into", str(log),
+        "--epochs", str(epochs),
     ]  # fmt: skip
-    log.mkdir(parents=True)
-    output = open(log / "out", "wb")  # noqa: SIM115
-    return subprocess.Popen(
-        command, stdout=output, stderr=output, start_new_session=True, env={**os.environ, **environment}
-    )
+    log.parent.mkdir(parents=True, exist_ok=True)
+    output = open(f"{log}.out", "wb")  # noqa: SIM115
+    # Else torch's own ranks may find addresses of those that were killed (pytorch/pytorch#135712).
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if restarts else None
+    return subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=environment)
 
 
 def ranks_of(torchrun: subprocess.Popen[bytes]) -> list[int]:
@@ -233,7 +241,8 @@ def lines(log: Path) -> list[dict[str, Any]]:
     return found
 
 
-def kill(how: str, torchrun: subprocess.Popen[bytes], path: Path, dice: random.Random) -> None:
+def kill(how: str, torchrun: subprocess.Popen[bytes], path: Path, dice: random.Random) -> bool:
+    """Whether there was anybody to kill."""
     ranks = ranks_of(torchrun)
     if how == "one rank" and ranks:
         victims = [dice.choice(ranks)]
@@ -241,11 +250,12 @@ def kill(how: str, torchrun: subprocess.Popen[bytes], path: Path, dice: random.R
         victims = keepers_of(path)[:1]
     else:
         victims = [*ranks, torchrun.pid] if how == "all" else ranks
+    killed = 0
     for pid in victims:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+            killed += 1
+    return killed > 0
 
 
 def progress(log: Path) -> int:
@@ -255,45 +265,61 @@ def progress(log: Path) -> int:
 def campaign(
     kind: str,
     worlds: list[int],
-    kills: int,
+    kills: list[str],
     dice: random.Random,
     found: Found,
     reference: dict[str, Any] | None,
+    *,
+    epochs: int = EPOCHS,
+    restarts: bool = False,
 ) -> dict[str, Any]:
-    """One training with its kills; returns its end."""
+    """One training with its kills; returns its end.
+
+    Args:
+        worlds: with how many ranks it is started, in turn.
+        kills: who is killed, one after the other.
+        reference: the end of a training of as many ranks and steps that nobody disturbed.
+        restarts: torchrun starts the ranks again, as long as it lives.
+    """
     scratch = Path(tempfile.mkdtemp(prefix="ranks-"))
     path, log = scratch / "chain", scratch / "log"
-    left = kills
+    left = list(kills)
     turn = 0
     try:
         while True:
             ranks = worlds[turn % len(worlds)]
             turn += 1
-            torchrun = started(kind, ranks, path, log / f"{turn:04d}")
+            torchrun = started(kind, ranks, path, log / f"{turn:04d}", epochs, len(kills) if restarts else 0)
             found.starts[f"{kind} {ranks}"] += 1
-            if left > 0:
-                how = ("one rank", "all", "ranks", "a keeper")[(kills - left) % 4]
-                wait = progress(log) + dice.randrange(0, ranks * 20)
-                deadline = time.monotonic() + STARTS_S
-                while torchrun.poll() is None and progress(log) < wait:
-                    if time.monotonic() > deadline:
-                        found.wrong.append(f"{kind} {ranks}: no step for {STARTS_S:.0f} s")
-                        break
-                    time.sleep(0.02)
+            while left and _runs(torchrun, log, dice.randrange(0, ranks * 10), f"{kind} {ranks}", found):
                 time.sleep(dice.random() * 0.5)
-                if torchrun.poll() is None:
-                    kill(how, torchrun, path, dice)
+                if torchrun.poll() is None and kill(left[0], torchrun, path, dice):
+                    how = left.pop(0)
                     found.kills[how] += 1
-                    left -= 1
+                    if how != "a keeper" and (how == "all" or not restarts):
+                        break
             if how_ended(torchrun) == 0:
                 break
-            if turn > 2 * kills + 3:
-                said = (log / f"{turn:04d}" / "out").read_text(errors="replace")[-2000:]
+            if turn > 2 * len(kills) + 3:
+                said = Path(f"{log}/{turn:04d}.out").read_text(errors="replace")[-2000:]
                 found.wrong.append(f"{kind} {worlds}: does not come to its end: {said}")
                 return {}
-        return ended(kind, worlds, path, log, found, reference)
+        found.wrong += [f"{kind} {worlds}: ended before it was killed by {left}"] if left else []
+        return ended(kind, worlds, epochs, path, log, found, reference)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _runs(torchrun: subprocess.Popen[bytes], log: Path, lines: int, what: str, found: Found) -> bool:
+    """Whether the training still runs after as many more lines of its log."""
+    enough = progress(log) + lines
+    deadline = time.monotonic() + STARTS_S
+    while torchrun.poll() is None and progress(log) < enough:
+        if time.monotonic() > deadline:
+            found.wrong.append(f"{what}: no step for {STARTS_S:.0f} s")
+            return False
+        time.sleep(0.02)
+    return torchrun.poll() is None
 
 
 def how_ended(torchrun: subprocess.Popen[bytes]) -> int:
@@ -309,7 +335,13 @@ def how_ended(torchrun: subprocess.Popen[bytes]) -> int:
 
 
 def ended(
-    kind: str, worlds: list[int], path: Path, log: Path, found: Found, reference: dict[str, Any] | None
+    kind: str,
+    worlds: list[int],
+    epochs: int,
+    path: Path,
+    log: Path,
+    found: Found,
+    reference: dict[str, Any] | None,
 ) -> dict[str, Any]:
     said = lines(log)
     resumed = [line for line in said if "resumed" in line]
@@ -327,7 +359,7 @@ def ended(
     # Of a step that was trained several times the last counts.
     newest = {line["step"]: line["start"] for line in sorted(steps, key=lambda line: str(line["start"]))}
     last = {(line["step"], line["rank"]): line for line in steps if line["start"] == newest[line["step"]]}
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         data = [line for line in last.values() if line["epoch"] == epoch and _has_data(kind, line)]
         trained = Counter(one for line in data for one in line["samples"])
         if trained != Counter(range(SAMPLES)):
@@ -357,21 +389,26 @@ def main() -> None:
     parser.add_argument("--train", choices=KINDS)
     parser.add_argument("--path", default="")
     parser.add_argument("--into", default="")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.train:
-        train(given.train, given.path, given.into)
+        train(given.train, given.path, given.into, given.epochs)
         return
     dice = random.Random(given.seed)
     found = Found()
-    share = max(given.kills // (2 * len(given.kinds)), 1)
+    # Three trainings of each kind are killed.
+    share = -(-given.kills // (3 * len(given.kinds)))
+    kills = [("one rank", "all", "ranks", "a keeper")[one % 4] for one in range(share)]
+    epochs = EPOCHS + share  # Each kill has some to come in.
     for kind in given.kinds:
-        reference = campaign(kind, [4], 0, dice, found, None)
-        campaign(kind, [4], share, dice, found, reference)
-        campaign(kind, list(WORLDS), share, dice, found, None)
+        reference = campaign(kind, [4], [], dice, found, None, epochs=epochs)
+        campaign(kind, [4], kills, dice, found, reference, epochs=epochs)
+        campaign(kind, [4], ["one rank"] * share, dice, found, reference, epochs=epochs, restarts=True)
+        campaign(kind, list(WORLDS), kills, dice, found, None, epochs=epochs)
         print(kind, asdict(found), flush=True)
     if given.json:
         given.json.write_text(json.dumps(asdict(found), indent=1) + "\n")

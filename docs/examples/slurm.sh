@@ -13,6 +13,8 @@
 
 set -u
 export EVERSTEP_REPO="${EVERSTEP_REPO:-s3://bucket/runs/gpt}"
+# torchrun's ranks find each other anew at each start, and not those of the start before.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # A rank that dies, or a node, is started again by torchrun, three times; the run goes on where it was.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import everstep
 from everstep import dcp
@@ -97,3 +99,16 @@ def test_a_run_without_ranks_goes_on(done: tuple[Path, Path]) -> None:
     model = nn.Sequential(nn.Linear(600, 2000), nn.Linear(2000, 13), nn.Linear(13, 5))
     everstep.load(path).into(model=model)
     assert same(expected["model"], dict(model.state_dict()))
+
+
+def test_open_goes_on_from_what_all_ranks_saved(done: tuple[Path, Path], tmp_path: Path) -> None:
+    path, directory = done
+    shutil.copytree(path, tmp_path / "chain")
+    expected = torch.load(directory / "6.pt", weights_only=False)
+    model = nn.Sequential(nn.Linear(600, 2000), nn.Linear(2000, 13), nn.Linear(13, 5))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(one for one in model.parameters() if one.requires_grad)
+    with everstep.open(tmp_path / "chain", every=None, model=model, optim=optimizer) as run:
+        assert run.step == 6
+        assert same(expected["model"], dict(model.state_dict()))
+        assert same(expected["optim"], get_optimizer_state_dict(model, optimizer))

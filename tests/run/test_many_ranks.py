@@ -21,6 +21,9 @@ from bench import ranks_kill
 from everstep.chain.history import Chain
 from everstep.chain.verify import verify
 from everstep.keeper.client import living
+from servers.fault_proxy import FaultProxy
+from servers.fixtures import Bucket
+from servers.running import S3
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -35,7 +38,8 @@ torch.set_num_threads(1)
 model = torch.nn.Linear(64, 64)
 optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
 torch.manual_seed(100 + rank)
-run = everstep.open(sys.argv[1], model=model, optimizer=optimizer, every=None, keep="all")
+every = os.environ.get("EVERY")
+run = everstep.open(sys.argv[1], model=model, optimizer=optimizer, every=every, keep="all")
 print("open", run.step, flush=True)
 pending = None
 for line in sys.stdin:
@@ -71,7 +75,7 @@ for line in sys.stdin:
 class Rank:
     """A rank of a job whose TCPStore this process has, as torchrun's agent would."""
 
-    def __init__(self, repo: Path, rank: int, ranks: int, port: int, start: int) -> None:
+    def __init__(self, repo: Path | str, rank: int, ranks: int, port: int, start: int) -> None:
         environment = {
             "RANK": str(rank),
             "WORLD_SIZE": str(ranks),
@@ -106,7 +110,7 @@ class Rank:
 
 
 class Job:
-    def __init__(self, repo: Path) -> None:
+    def __init__(self, repo: Path | str) -> None:
         self.repo = repo
         make: Any = torch._C._distributed_c10d.TCPStore
         self.store = make("127.0.0.1", 0, None, True, timedelta(seconds=60), False)
@@ -304,6 +308,41 @@ class TestProcesses:
         assert "rank 0: " in ended[1][1].splitlines()[-1]
 
 
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_store_that_hangs_costs_snapshots_and_no_step(
+    job: Job, moto: S3, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes what is asked, and answers nothing until enough steps have gone by."""
+    job.repo = f"{bucket(moto)}/runs/gpt"
+    monkeypatch.setenv("EVERY", "3 steps")
+    with FaultProxy(moto.port) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        job.start(2)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", moto.endpoint)
+        job.step()
+        job.take()
+        proxy.hang()
+        job.step(30)  # What was asked before may still be answered.
+        before = job.head()
+        for _ in range(60):
+            said = job.all("step")
+            assert all(float(seconds) < 30 for _, _, seconds in said), (
+                "it is bounded, and this machine is slow"
+            )
+        assert job.head() == before
+        proxy.go_on()
+        while job.head() == before:
+            job.step()
+        assert job.all("close") == [["closed"]] * 2
+        _, said_0 = job.ranks[0].ended()
+    assert "the last ones are not stored yet" in said_0
+    assert "failed" not in said_0
+    chain = Chain(job.repo)
+    assert len(job.ranks) == len(chain.find("head").record.manifests)
+    assert verify(chain).findings == []
+
+
 @pytest.fixture
 def found() -> ranks_kill.Found:
     return ranks_kill.Found()
@@ -316,12 +355,23 @@ def test_killed_trainings_under_torchrun_end_as_if_nothing_had_happened(
     kind: str, found: ranks_kill.Found
 ) -> None:
     dice = random.Random(1)
-    reference = ranks_kill.campaign(kind, [2], 0, dice, found, None)
-    ranks_kill.campaign(kind, [2], 1, dice, found, reference)
-    ranks_kill.campaign(kind, [2, 1], 1, dice, found, None)
+    reference = ranks_kill.campaign(kind, [2], [], dice, found, None)
+    ranks_kill.campaign(kind, [2], ["all"], dice, found, reference)
+    ranks_kill.campaign(kind, [2, 1], ["one rank"], dice, found, None)
     assert found.wrong == []
     assert found.finished == 3
     assert found.kills.total() == 2
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks_again_by_itself(found: ranks_kill.Found) -> None:
+    dice = random.Random(2)
+    reference = ranks_kill.campaign("ddp", [2], [], dice, found, None)
+    ranks_kill.campaign("ddp", [2], ["one rank"], dice, found, reference, restarts=True)
+    assert found.wrong == []
+    assert found.kills == {"one rank": 1}
+    assert found.starts == {"ddp 2": 2}, "each torchrun came to the end"
 
 
 def test_the_example_for_slurm_is_a_script() -> None:

@@ -50,12 +50,14 @@ def until(holds: Callable[[], bool], what: str) -> None:
 class Ranks:
     """All ranks of a job: does the same with each, at the same time."""
 
-    def __init__(self, store: Any, ranks: int, patience: Patience = PATIENCE) -> None:
+    def __init__(self, store: Any, ranks: int, patience: Patience = PATIENCE, *, meet: bool = True) -> None:
         links.OPENED.clear()
         self.each = []
         for rank in range(ranks):
             links.OPENED.clear()  # As in processes of their own.
             self.each.append(Together(Job(rank, ranks, store.clone), "runs/gpt@main", patience))
+        if meet:
+            self.results(Together.meet)
 
     def all(self, action: Callable[[Together], Any]) -> list[Future[Any]]:
         with ThreadPoolExecutor(len(self.each)) as pool:
@@ -140,23 +142,53 @@ def test_all_ranks_raise_the_same_kind(
 
 
 def test_a_rank_that_does_not_come_is_named(store: Any) -> None:
-    ranks = Ranks(store, 3, SHORT)
-    error = None
-    try:
-        ranks.each[1].link.share("the state", b"")
-    except Unavailable as raised:
-        error = raised
-    assert "ranks 0, 2 of 3 did not answer" in str(error)
+    ranks = Ranks(store, 3, SHORT, meet=False)
+    with pytest.raises(Unavailable, match="ranks 0, 2 of 3 did not answer"):
+        ranks.each[1].meet()
+    with pytest.raises(Unavailable, match="rank 2 of 3 did not answer"):
+        ranks.each[0].meet()
+    met = Ranks(store, 3, SHORT)
+    with pytest.raises(Unavailable, match="ranks 0, 2 of 3 did not answer"):
+        met.each[1].link.share("the state", b"")
     with pytest.raises(Unavailable, match="rank 0 of 3 did not answer"):
-        ranks.each[2].led(lambda: b"")
+        met.each[2].led(lambda: b"")
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_what_ranks_of_an_earlier_start_said_is_not_heard(store: Any, late: int) -> None:
+    """torchrun keeps its store when it starts ranks again; some of them are there before others."""
+    for start in range(3):
+        ranks = Ranks(store, 3, meet=False)
+        first = ranks.each[late - 1], ranks.each[late - 2]
+        with ThreadPoolExecutor(3) as pool:
+            meeting = [pool.submit(one.meet) for one in first]
+            until(lambda: store.num_keys() > 0, "nobody is there")
+            meeting.append(pool.submit(ranks.each[late].meet))
+            assert [one.result() for one in meeting] == [None] * 3
+        told = ranks.results(lambda one, start=start: one.led(lambda: b"%d" % start))
+        assert told == [b"%d" % start] * 3
+        mine = ranks.results(lambda one, start=start: one.link.share("names", bytes([start, one.rank])))
+        assert mine == [[bytes([start, rank]) for rank in range(3)]] * 3
+        ranks.results(
+            lambda one: one.start(0, lambda: True, lambda: True, lambda became: None, lambda text: None)
+        )
+        if start < 2:
+            ranks.each[0].ask(Wish("take", at=1))  # Its answer stays in the store.
+        dues = [one.passed(step) for step in range(1, 30) for one in ranks.each]
+        if start == 2:
+            assert dues == [None] * len(dues)
+        _end_all(ranks.each)
 
 
 def test_two_runs_of_a_job_do_not_hear_each_other(store: Any) -> None:
-    first, second = Ranks(store, 2), []
+    first, second = Ranks(store, 2, meet=False), []
     for rank in range(2):
         links.OPENED.clear()
         links.OPENED["runs/gpt@main"] = 1
         second.append(Together(Job(rank, 2, store.clone), "runs/gpt@main", SHORT))
+    first.results(Together.meet)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(Together.meet, second))
     first.each[0].link.tell(b"x")
     with pytest.raises(Unavailable):
         second[1].link.told()
@@ -305,7 +337,7 @@ def test_the_agents_store_is_used_where_there_is_no_process_group(store: Any) ->
     assert job is not None
     assert (job.rank, job.ranks) == (3, 8)
     job.connect().set("here", b"x")
-    assert store.get("everstep/2/here") == b"x"
+    assert store.get("everstep/here") == b"x"
 
 
 def _sample(number: int, one: Together) -> list[bytes]:

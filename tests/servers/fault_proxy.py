@@ -1,5 +1,6 @@
 """A proxy between a client and a server that speaks HTTP, with the moods of a network: it drops, delays,
-cuts, answers 5xx, and is away for a while. What it does is drawn from a seeded generator, one draw a request.
+cuts, answers 5xx, hangs, and is away for a while. What it does is drawn from a seeded generator, one draw a
+request.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class FaultProxy:
         self._port = port
         self._chance = random.Random(seed)
         self._away = 0
+        self._answers = asyncio.Event()
+        self._answers.set()
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._stop = asyncio.Event()
@@ -93,6 +96,14 @@ class FaultProxy:
     def come_back(self) -> None:
         """Now, however many it was to turn away."""
         self._away = 0
+
+    def hang(self) -> None:
+        """Take what is asked, and answer nothing until `go_on`."""
+        self._loop.call_soon_threadsafe(self._answers.clear)
+
+    def go_on(self) -> None:
+        """Answer all that was asked meanwhile."""
+        self._loop.call_soon_threadsafe(self._answers.set)
 
     @property
     def is_away(self) -> bool:
@@ -126,6 +137,7 @@ class FaultProxy:
                 if self._is_turned_away():
                     return
                 self.log.append(" ".join(request.first_line[:2]))
+                await self._answers.wait()
                 mood = self.moods.draw(self._chance)
                 self.done[mood] += 1
                 if mood == DROPPED:

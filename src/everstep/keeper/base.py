@@ -385,3 +385,8 @@ class Keeper(Protocol):
     def close(self) -> None:
         """Wait for all, then let go of the keeper. Its memory is given back. What replicas lack is not waited
         for: see `Standings.settle`."""
+
+    def abandon(self) -> None:
+        """Let go of the keeper as if this process had been killed: one that outlives it goes on with what it
+        was handed over, and nobody here hears of that; each `Pending` says so. Another one is waited for, but
+        other ranks are waited for a minute at most."""

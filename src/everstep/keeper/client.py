@@ -143,7 +143,7 @@ class ProcessKeeper:
         """Why there is no keeper, or no arena, until somebody was told."""
         self._needed = True
         """Whether there is something to reach a keeper for."""
-        self._closing = self._over = False
+        self._closing = self._abandoned = self._over = False
         self._failures = 0
         self._numbers = 0
         self._wanted_bytes = 0
@@ -337,6 +337,23 @@ class ProcessKeeper:
 
     def close(self) -> None:
         self.wait()
+        self._let_go()
+
+    def abandon(self) -> None:
+        with self._changed:
+            self._abandoned = True
+            jobs = list(self._open)
+            self._open.clear()
+        self._let_go()
+        for job in jobs:
+            error = Unavailable(
+                "this process left before the snapshot was durable",
+                kept="the keeper goes on storing it, and the snapshots before it are intact",
+                next="everstep log",
+            )
+            job.pending.finish(None, error)
+
+    def _let_go(self) -> None:
         with self._changed:
             self._closing = True
             self._need()
@@ -508,11 +525,16 @@ class ProcessKeeper:
             return self._closing and not self._open
 
     def _leave(self, link: Link) -> None:
-        if link.begun:
+        if self._abandoned:
+            link.connection.close()
+        elif link.begun:
             self._say(protocol.Goodbye())
             if self._behind:
                 # It goes on sending, and nobody waits for that.
                 link.connection.drain()
+            elif self._ranks > 1:
+                # It may go on, for the other ranks.
+                link.wait_until_gone(MOMENTS_S)
             elif not link.wait_until_gone(LEAVE_S):
                 self._warn(f"the keeper, process {link.pid}, takes long to end; all is durable")
         else:

@@ -152,6 +152,11 @@ class ThreadKeeper:
         while self._arenas:
             self._arenas.pop().close()
 
+    def abandon(self) -> None:
+        if self._keeping is not None:
+            self._keeping.hurry()
+        self.close()
+
     # -- in the thread ------------------------------------------------------------------------------------
 
     def _work(self) -> None:

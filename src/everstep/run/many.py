@@ -19,7 +19,7 @@ from everstep.run import resume
 from everstep.run.ranks.agreement import Declined, Due
 from everstep.run.ranks.link import job_of_many
 from everstep.run.ranks.messages import MAX_TEXT, Became, Wish
-from everstep.run.ranks.together import Patience, Together
+from everstep.run.ranks.together import FAILING_S, Patience, Together
 from everstep.run.session import Clock, Run
 from everstep.run.settings import Settings
 from everstep.run.signals import EXIT_STATUS
@@ -91,6 +91,9 @@ class RunOfMany(Run):
         self._lacking = False
         """Whether the take before did not become a snapshot."""
         self._skipped = 0
+        self._failing = False
+        """Whether it ends because of an error, so that other ranks may be dead."""
+        ranks.meet()
         sink = sink or _of_rank(ranks.rank, default_sink())
         super().__init__(
             settings,
@@ -296,7 +299,7 @@ class RunOfMany(Run):
             self._emit(
                 Failed(self._steps, f"the other ranks did not agree on a last snapshot for {LEAVE_S:.0f} s")
             )
-            self._end(last=False)
+            self._fail()
             raise SystemExit(EXIT_STATUS)
 
     def _leave(self, signal: str) -> NoReturn:
@@ -379,15 +382,34 @@ class RunOfMany(Run):
         self._takes[self._last.number] = pending
         self._take_of_all(self._last, pending)
 
+    def _fail(self) -> None:
+        """Other ranks may be dead, whose parts rank 0's keeper waits for: nothing that takes long is waited
+        for here, so that the job can be started again."""
+        self._failing = True
+        if self._taking.wait(FAILING_S):
+            super()._fail()
+            return
+        self._closed = True
+        self._emit(
+            Warned("this process leaves before all snapshots are durable: its keeper goes on with them")
+        )
+        self._taking.abandon()
+        self._detach()
+        self._together.end(failing=True)
+        self._give_up_wanted()
+
     def _end(self, last: bool, replica_wait_s: float | None = None) -> None:
         try:
             super()._end(last, replica_wait_s)
         finally:
             self._hear_of_last()
-            self._together.end()
-            pending, self._wanted = self._wanted, None
-            if pending is not None:
-                pending.finish(None, Mismatch("the run was closed before the ranks had agreed on a step"))
+            self._together.end(failing=self._failing)
+            self._give_up_wanted()
+
+    def _give_up_wanted(self) -> None:
+        pending, self._wanted = self._wanted, None
+        if pending is not None:
+            pending.finish(None, Mismatch("the run was closed before the ranks had agreed on a step"))
 
     def _hear_of_last(self) -> None:
         """Wait until rank 0 has said what became of what it was given."""

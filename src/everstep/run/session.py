@@ -822,16 +822,20 @@ class Run:
             self._quietly(partial(self._log.seal, unsealed + self._log.cut()))
             if self._ranks.leads:
                 self._quietly(self._sweep)
-            self._signals.remove()
-            for hook in self._hooks:
-                hook.remove()
-            if self._track is not None:
-                self._track.on_ready = self._track.on_skip = None
-                self._track.close()
-            atexit.unregister(self._at_exit)
+            self._detach()
             self._quietly(self._lease.release)
             self._quietly(self._let_go_of_replicas)
         self._taking.raise_background(unstored=True)
+
+    def _detach(self) -> None:
+        """Nothing of this process calls the run any more."""
+        self._signals.remove()
+        for hook in self._hooks:
+            hook.remove()
+        if self._track is not None:
+            self._track.on_ready = self._track.on_skip = None
+            self._track.close()
+        atexit.unregister(self._at_exit)
 
     def _take_last(self) -> None:
         self._take("close", pending=Pending())
@@ -860,10 +864,9 @@ class Run:
         if self._closed or os.getpid() != self._owner:
             return
         crashed = getattr(sys, "last_value", None) is not None
-        self._taking.wait()
         try:
             if crashed:
-                self._end(last=False)
+                self._fail()
             else:
                 self.close()
         except EverstepError as error:
@@ -880,11 +883,14 @@ class Run:
         if error is None:
             self.close()
             return
-        # The state may be that of half a step: what was taken before is what counts.
         try:
-            self._end(last=False)
+            self._fail()
         except EverstepError as failed:
             self._emit(Failed(self._steps, str(failed)))
+
+    def _fail(self) -> None:
+        """End because of an error. The state may be that of half a step: what was taken before counts."""
+        self._end(last=False)
 
     def _check_open(self) -> None:
         if self._closed:

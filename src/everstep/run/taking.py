@@ -441,6 +441,12 @@ class Taking:
         self._keeper.close()
         return self._unsealed()
 
+    def abandon(self) -> None:
+        """Let go of the keeper, which goes on with what it was handed over."""
+        self._unfenced = None
+        self._capturer.close()
+        self._keeper.abandon()
+
     def _take_back_journals(self, job: Job) -> None:
         """Of a snapshot that there will not be."""
         self._journals.extend(job.journals)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
+import secrets
 import threading
 import time
 from collections import Counter
@@ -44,6 +45,9 @@ MAX_SHARED_BYTES = 1 << 30
 END_S = 10.0
 """A thread that a process ends while it waits for a store may take the process with it: so threads are waited
 for where they can end."""
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.05
+"""Between two looks of rank 0 for ranks that come."""
 
 BEHIND = 64
 """So many of the hub's last messages stay in the store, for ranks that are slow to hear them."""
@@ -106,20 +110,19 @@ def job_of_many(environment: Mapping[str, str] | None = None) -> Job | None:
             kept="nothing was touched",
             next="torch.distributed.init_process_group() before everstep.open(), or start them by torchrun",
         )
-    restarts = found.get("TORCHELASTIC_RESTART_COUNT", "0")
 
     def connect() -> KeyStore:
         wait = timedelta(seconds=WAIT_S)
         made = torch._C._distributed_c10d.TCPStore(host, int(port), None, False, wait, False)
-        prefixed: Any = torch._C._distributed_c10d.PrefixStore(f"everstep/{restarts}", made)
+        prefixed: Any = torch._C._distributed_c10d.PrefixStore("everstep", made)
         return prefixed  # type: ignore[no-any-return]
 
     return Job(int(found["RANK"]), int(ranks), connect)
 
 
 class Link:
-    """What one rank says to all and hears of all, in one run. Numbers its words, so that several runs of a
-    job, one after the other or at once, are kept apart.
+    """What one rank says to all and hears of all, in one run, once they have met. Numbers its words, so that
+    several runs of a job, one after the other or at once, are kept apart.
 
     Args:
         job: the rank's.
@@ -133,13 +136,65 @@ class Link:
         self._job = job
         self._name = name
         self._store = job.connect()
+        self._met = ""
+        """What the keys of these ranks, and of no ranks before them, begin with."""
         self._shared: Counter[str] = Counter()
         self._told = 0
 
     def _key(self, *parts: object) -> str:
-        return "/".join(map(str, ("everstep", self._name, *parts)))
+        assert self._met, "they have not met"
+        return "/".join(map(str, (self._met, *parts)))
 
     # -- while the run is opened and closed -----------------------------------------------------------------
+
+    def meet(self) -> None:
+        """Find the ranks that were started together with this one. Blocks until all have come here.
+
+        The store may hold what ranks of an earlier start have said: `torchrun` keeps it when it starts its
+        ranks again. So each rank says a random word, and rank 0, which may hear an old one first, answers
+        every word it hears with one of its own; only who is there now hears an answer to its own word, and
+        all that follows is under rank 0's.
+
+        Raises:
+            Unavailable: some did not come for `wait_s` seconds; they are named.
+        """
+        place = f"everstep/{self._name}"
+        word = secrets.token_hex(8)
+        hellos = [f"{place}/hello/{rank}" for rank in range(1, self.ranks)]
+        try:
+            if self.rank == 0:
+                self._met = f"{place}/{word}"
+                self._welcome(place, hellos)
+                return
+            answer = f"{place}/welcome/{word}"
+            self._store.set(hellos[self.rank - 1], word.encode())
+            self._store.wait([answer], timedelta(seconds=self.wait_s))
+            self._met = self._store.get(answer).decode()
+            self._store.delete_key(answer)
+            self._store.set(self._key("met", self.rank), b"")
+            self._store.add(self._key("met"), 1)
+        except (RuntimeError, ConnectionError) as error:
+            met = [f"{place}/{word}/met/{rank}" for rank in range(1, self.ranks)]
+            came = self.rank == 0 and all(map(self._is_there, hellos))
+            raise self._silent(["", *(met if came else hellos)], "opening", self.wait_s) from error
+
+    def _welcome(self, place: str, hellos: list[str]) -> None:
+        """Raises RuntimeError where not all came in time."""
+        until = time.monotonic() + self.wait_s
+        self._store.wait(hellos, timedelta(seconds=self.wait_s))
+        answered: list[bytes] = []
+        pause_s = FIRST_PAUSE_S
+        while True:
+            words = self._store.multi_get(hellos)
+            for word in set(words).difference(answered):
+                self._store.set(f"{place}/welcome/{word.decode()}", self._met.encode())
+            answered = words
+            if self._store.add(self._key("met"), 0) == self.ranks - 1:
+                return
+            if time.monotonic() > until:
+                raise RuntimeError("not all ranks have come")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def share(self, what: str, mine: bytes, wait_s: float | None = None) -> list[bytes]:
         """What each rank gives, in the order of ranks. Blocks until all have given something for the same
@@ -178,7 +233,7 @@ class Link:
             raise self._silent([key], "going on", self.wait_s) from error
 
     def _silent(self, keys: list[str], what: str, wait_s: float) -> Unavailable:
-        silent = [rank for rank, key in enumerate(keys) if not self._is_there(key)]
+        silent = [rank for rank, key in enumerate(keys) if rank != self.rank and not self._is_there(key)]
         return Unavailable(
             f"{named(silent)} of {self.ranks} did not answer for {wait_s:.0f} s, for which {what!r} waits",
             kept="nothing was touched; the snapshots of the chain are intact",
@@ -283,13 +338,13 @@ class Talk:
             ) from error
         return [mine, *given]
 
-    def end(self) -> None:
-        """Nobody is heard any more. Blocks until rank 0 has ended all; no longer than `END_S`, for there
+    def end(self, wait_s: float = END_S) -> None:
+        """Nobody is heard any more. Blocks until rank 0 has ended all; no longer than `wait_s`, for there
         may be no rank 0 any more."""
         if self._hub is not None:
             self.post(End())
         self._requests.put(None)
-        until = time.monotonic() + END_S
+        until = time.monotonic() + wait_s
         for thread in self._threads:
             thread.join(max(until - time.monotonic(), 0.0))
         self._ended.set()

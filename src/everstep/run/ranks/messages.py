@@ -135,5 +135,5 @@ def _decoded(
         raise Damaged(f"a message between ranks of {len(data)} bytes")
     try:
         return decoder.decode(data)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Damaged(f"a message between ranks cannot be read: {error}") from error

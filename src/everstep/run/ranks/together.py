@@ -11,6 +11,7 @@ import msgspec
 from everstep import errors
 from everstep.errors import EverstepError, Unavailable
 from everstep.keeper.base import DEADLINE_S
+from everstep.run.ranks import link as links
 from everstep.run.ranks.agreement import HOLD_S, Agreement, Declined, Due
 from everstep.run.ranks.link import OPENED, WAIT_S, Job, Link, Talk, unique
 from everstep.run.ranks.messages import Became, Decide, Message, Propose, Wish
@@ -21,6 +22,9 @@ _SOFT = ("Damaged", "NotFound")
 
 END_S = 60.0
 """A rank that trains, or ends, waits no longer for the others: they may have failed."""
+
+FAILING_S = 1.0
+"""And no longer than this for rank 0 when this one leaves because something failed."""
 
 LATE_OF_HOLD = 0.75
 """The hub gives up on a promise before ranks give up on its decision."""
@@ -126,6 +130,11 @@ class Together:
         return self.rank == 0
 
     # -- beginning and ending ------------------------------------------------------------------------------
+
+    def meet(self) -> None:
+        """Find the other ranks. Blocks until all have come; before that there is nothing else to be done
+        here. Raises Unavailable where some do not come in time."""
+        self.link.meet()
 
     def led(self, action: Callable[[], bytes]) -> bytes:
         if not self.leads:
@@ -245,10 +254,11 @@ class Together:
         self._talk.give(number, mine)
         return [mine]
 
-    def end(self) -> None:
-        """No more is agreed upon."""
+    def end(self, *, failing: bool = False) -> None:
+        """No more is agreed upon. Blocks until rank 0 ends it, which may take a while where that stores what
+        it has; `failing`: not long, for it may be dead."""
         if self._talk is not None:
-            self._talk.end()
+            self._talk.end(FAILING_S if failing else links.END_S)
             self._talk = None
 
     def _post(self, request: object) -> None:
@@ -267,8 +277,7 @@ class Together:
 
     def _broken(self, why: str) -> None:
         self._warn(
-            f"rank {self.rank} cannot hear the other ranks any more ({why}): no more snapshots are taken, "
-            "training goes on"
+            f"the other ranks cannot be heard any more ({why}): no more snapshots are taken, training goes on"
         )
 
 
