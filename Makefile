@@ -1,8 +1,8 @@
 # make demo   sets everything up and runs the main job      make test   sets everything up and runs all tests
 # make check  format, lint, types, layers, quick tests      make bench  measures, beside other systems
 # make servers   installs, as root, the servers that tests of stores talk to
-# make soak   100 trainings, 360 kills of them and their keepers, 100 of prunes on Ceph, 30 s without a store, and
-#             100,000 hostile inputs
+# make soak   100 trainings, 360 kills of them and their keepers, 50 of trainings of many ranks, 100 of prunes on
+#             Ceph, 30 s without a store, and 100,000 hostile inputs
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -51,6 +51,7 @@ bench: $(PEERS)
 soak: $(READY)
 	$(BIN)/python -m bench.kill --kills 360 --seed 1 --json bench/results/kill.json
 	$(BIN)/python -m bench.prune_kills --kills 100 --seed 1 --json bench/results/prune_kills.json
+	$(BIN)/python -m bench.ranks_kill --kills 50 --seed 1 --json bench/results/ranks_kill.json
 	$(BIN)/python -m bench.fuzz --inputs 100000 --seed 1 --json bench/results/fuzz.json
 	OUTAGE_S=30 $(BIN)/python -m pytest -n 0 tests/store/test_outages.py
 

@@ -947,6 +947,14 @@ def _count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(len(value))
 
 
+def _total(value: Any) -> str:
+    return f"{sum(value.values()):,}"
+
+
+def _ratio(value: Any) -> str:
+    return f"{value:.3f}"
+
+
 ROWS: list[tuple[str, tuple[str, ...], Callable[[Any], str], str, str]] = [
     ("overlap", (*_GPT2, "floors", "memcpy", "GB_per_s"), _spread("GB/s", digits=1), "The machine: memcpy",
      "机器：memcpy"),
@@ -1001,6 +1009,20 @@ ROWS: list[tuple[str, tuple[str, ...], Callable[[Any], str], str, str]] = [
     ("kill", ("left_behind",), _count, "Processes, arenas and files left behind at the end of a run",
      "一次运行结束时遗留的进程、竞技场和文件"),
     ("kill", ("violations",), _count, "Violations of anything promised", "违反任何承诺的次数"),
+    ("ranks_cost", ("stored_of_one_rank", "8"), _ratio,
+     "Stored by 8 ranks of one DDP model / by one rank",
+     "8 个 rank 的同一 DDP 模型所存的字节 / 1 个 rank 所存"),
+    ("ranks_cost", ("durable_of_one_rank", "4"), _ratio,
+     "Until a snapshot of 1 GB by 4 ranks is durable / by one rank, same disk",
+     "4 个 rank 的 1 GB 快照到持久为止 / 1 个 rank，同一磁盘"),
+    ("ranks_kill", ("kills",), _total,
+     "Kills of trainings of 4, 2, 3 and 1 ranks (DDP, FSDP2, FSDP2 with tensor parallelism)",
+     "对 4、2、3、1 个 rank 的训练（DDP、FSDP2、FSDP2 加张量并行）的击杀次数"),
+    ("ranks_kill", ("resumed",), _count, "Resumes after them, each byte held against one process's reading",
+     "其后的恢复次数，每个字节都与单进程读出的比对"),
+    ("ranks_kill", ("wrong",), _count,
+     "of these wrong, or trajectories that differ, or samples trained twice or not at all",
+     "其中有误的，或轨迹不同的，或样本被训练两次或漏掉的"),
     ("fuzz", ("inputs",), _count, "Mutated inputs to all decoders", "喂给各解码器的变异输入"),
     ("fuzz", ("violations",), _count, "Other outcomes than decoded, Damaged, Unsupported",
      "解码成功、Damaged、Unsupported 以外的结果"),

@@ -52,7 +52,7 @@ from everstep.run.taking import Agree, Occasion, Taking
 from everstep.state import rng
 from everstep.state.collecting import Collected, Collector
 from everstep.state.data import Track, track
-from everstep.state.objects import modules, named, optimizers
+from everstep.state.objects import modules, named, optimizers, summed_anew
 from everstep.state.restore import is_plain
 from everstep.state.workers import let_workers_end_with_the_process, need_no_worker
 from everstep.state.world import World
@@ -99,6 +99,7 @@ class Run:
         self._replicas = Replicas(self._replica_stores() if self._ranks.leads else [], self._emit)
         self._clock = clock
         self._objects = named(objects)
+        self._given_objects = objects
         self._track = None if loader is None else track(loader)
         self._triggers = triggers.parse(settings.every)
         self._steps = 0
@@ -334,6 +335,12 @@ class Run:
         reasons = [*snapshot.record.approximate, *restored.approximate]
         before, now = snapshot.record.environment, {**environment.here(), **self._given}
         reasons += environment.breaks_exactness(before, now)
+        if ranks == self._world.ranks > 2:
+            reasons += [
+                f"DDP sums the gradients of {name} in another order in the first step after a start "
+                "(not with find_unused_parameters=True)"
+                for name in summed_anew(self._given_objects)
+            ]
         self._given = overruled(self._objects, before, self._given)
         reasons += rng.restore(restored.rng)
         remarks += ["out of the keeper's memory"] if back.from_arena else []

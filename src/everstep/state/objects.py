@@ -37,6 +37,13 @@ def is_container(value: object) -> bool:
 
 def unwrapped(value: object) -> object:
     """A module without what `torch.compile`, DataParallel or DDP put around it: its names stay the same."""
+    *_, inmost = _wrapped(value)
+    return inmost
+
+
+def _wrapped(value: object) -> Iterator[object]:
+    """A module, and what is in it, from the outside in; another value alone."""
+    yield value
     while isinstance(value, torch.nn.Module):
         inner = getattr(value, "_orig_mod", None)
         if inner is None and isinstance(
@@ -44,9 +51,25 @@ def unwrapped(value: object) -> object:
         ):
             inner = value.module
         if inner is None:
-            return value
+            return
         value = inner
-    return value
+        yield value
+
+
+def summed_anew(objects: Mapping[str, object]) -> list[str]:
+    """Which of the objects are under a DDP that sums gradients in another order in the first step after a
+    start than later: it lays them out anew by the order in which they came (`_rebuild_buckets` in torch's
+    reducer). Of two ranks the sum is the same all the same, of more it is rounded otherwise.
+    """
+    return [
+        name
+        for name, value in objects.items()
+        for item in _items(value).values() or [value]
+        for one in _wrapped(item)
+        if isinstance(one, torch.nn.parallel.DistributedDataParallel)
+        and not one.find_unused_parameters
+        and not getattr(one, "_has_rebuilt_buckets", False)
+    ]
 
 
 def named(objects: Mapping[str, object]) -> dict[str, object]:
@@ -66,17 +89,23 @@ def named(objects: Mapping[str, object]) -> dict[str, object]:
 
 
 def _apart(name: str, value: object) -> Iterator[tuple[str, object]]:
+    items = _items(value)
+    if items:
+        for key, item in items.items():
+            yield f"{name}/{key}", unwrapped(item)
+    else:
+        yield name, unwrapped(value)
+
+
+def _items(value: object) -> dict[Any, object]:
+    """Of a list, tuple or dict of stateful objects these; of anything else nothing."""
     items: dict[Any, object] = {}
     if type(value) in (list, tuple):
         assert isinstance(value, list | tuple)
         items = dict(enumerate(value))
     elif type(value) is dict:
         items = value
-    if items and all(is_stateful(item) for item in items.values()):
-        for key, item in items.items():
-            yield f"{name}/{key}", unwrapped(item)
-    else:
-        yield name, unwrapped(value)
+    return items if all(is_stateful(item) for item in items.values()) else {}
 
 
 def optimizers(objects: Mapping[str, object]) -> dict[str, torch.optim.Optimizer]:
