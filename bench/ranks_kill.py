@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,9 @@ class Found:
     resumed: int = 0
     finished: int = 0
     wrong: list[str] = field(default_factory=list)
+
+    def figures(self) -> dict[str, Any]:
+        return {**vars(self), "kills": dict(self.kills), "starts": dict(self.starts)}
 
 
 def started(
@@ -410,9 +413,9 @@ def main() -> None:
         campaign(kind, [4], kills, dice, found, reference, epochs=epochs)
         campaign(kind, [4], ["one rank"] * share, dice, found, reference, epochs=epochs, restarts=True)
         campaign(kind, list(WORLDS), kills, dice, found, None, epochs=epochs)
-        print(kind, asdict(found), flush=True)
+        print(kind, found.figures(), flush=True)
     if given.json:
-        given.json.write_text(json.dumps(asdict(found), indent=1) + "\n")
+        given.json.write_text(json.dumps(found.figures(), indent=1) + "\n")
     sys.exit(bool(found.wrong))
 
 

@@ -159,8 +159,8 @@ def bring(where: Path, world: World, work: str, source: str) -> None:
     for steps in (0, 1):
         objects = made(work, 5, world.ranks)
         train(objects, world.rank, steps)
-        part = parts[world.rank % len(parts)].manifest
-        back = restore(snapshot.manifest, snapshot.fill, named(objects), world=world, part=part)
+        manifests = [part.manifest for part in parts]
+        back = restore(snapshot.manifest, snapshot.fill, named(objects), world=world, parts=manifests)
         moved = len(parts) != world.ranks
         assert back.approximate == ([f"world size {len(parts)} -> {world.ranks}"] if moved else [])
         found, wanted = states(objects), expected[0 if moved else world.rank]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from stored import Stored, joined, part_of
 
+from everstep.state import rng
 from everstep.state.collecting import Collected, Collector
 from everstep.state.restore import Restored, restore
 from everstep.state.world import Meeting, World
@@ -82,19 +83,20 @@ class Ranks:
         assert all(one.fits for one in collected)
         return [part_of(one, rank, ranks) for rank, one in enumerate(collected)]
 
-    def restore(self, parts: Sequence[Stored], *, strict: bool = True) -> list[Restored]:
-        """Bring the objects of all ranks back."""
+    def restore(
+        self, parts: Sequence[Stored], *, strict: bool = True, described: Sequence[bytes] = ()
+    ) -> list[Restored]:
+        """Bring the objects of all ranks back. `described`: how each rank's generators are, of all ranks."""
         whole = joined(parts)
 
         def bring(rank: int) -> Restored:
-            part = parts[rank % len(parts)].manifest
             return restore(
                 whole.manifest,
                 whole.fill,
                 self.objects[rank],
                 strict=strict,
-                world=self.world(rank),
-                part=part,
+                world=replace(self.world(rank), alike=rng.alike(described, rank) if described else {}),
+                parts=[part.manifest for part in parts],
             )
 
         return [bring(rank) for rank in range(len(self.objects))]

@@ -100,7 +100,7 @@ def test_what_ranks_hold_goes_into_a_chain_and_comes_back(before: int, now: int)
     worlds = Ranks([named(one) for one in live])
     parts = storing.chain.manifests(snapshot)
     for rank, objects in enumerate(live):
-        restore(manifest, fill, named(objects), world=worlds.world(rank), part=parts[rank % before])
+        restore(manifest, fill, named(objects), world=worlds.world(rank), parts=parts)
         # They go on as those that were never stopped.
         step(objects)
     for one in saved:

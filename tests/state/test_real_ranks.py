@@ -70,7 +70,9 @@ def test_what_ranks_store_is_what_torch_gathers(tmp_path: Path) -> None:
         # Into one rank, whose model is not spread at all.
         alone = made("", 9, 1)
         train(alone, 0, 1)
-        back = restore(snapshot.manifest, snapshot.fill, named(alone), part=parts[0].manifest)
+        back = restore(
+            snapshot.manifest, snapshot.fill, named(alone), parts=[part.manifest for part in parts]
+        )
         assert back.approximate == ["world size 4 -> 1"]
         same("model", alone["model"].state_dict(), expected[0]["model"])
         same("optimizer", alone["optimizer"].state_dict(), expected[0]["optimizer"])

@@ -125,7 +125,7 @@ def test_another_number_of_ranks(before: int, now: int) -> None:
     live = [named(blank(rank + 7)) for rank in range(now)]
     if now == 1:
         whole = joined(parts)
-        backs = [restore(whole.manifest, whole.fill, live[0], part=parts[0].manifest)]
+        backs = [restore(whole.manifest, whole.fill, live[0], parts=[part.manifest for part in parts])]
     else:
         backs = Ranks(live).restore(parts)
     for rank, back in enumerate(backs):
@@ -400,6 +400,42 @@ def test_generators_of_new_ranks_are_each_their_own_and_always_the_same() -> Non
     assert len(set(first[8:])) == 12
     assert not set(first[:8]) & set(first[8:])
     assert draws() == first
+
+
+@pytest.mark.parametrize("before", [1, 2, 3, 4])
+def test_generators_that_are_alike_stay_alike_on_another_number_of_ranks(before: int) -> None:
+    """As those of a tensor-parallel group, whose ranks have to draw the same: 0 and 1, 2 and 3, 4 and 5."""
+
+    def seeded(seed: int, rank: int) -> None:
+        torch.manual_seed(seed)
+        random.seed(100 + rank)
+
+    def taken(rank: int) -> Stored:
+        ranks = Ranks([named(training(one)) for one in range(before)])
+        # What ranks had drawn before has nothing to do with who is alike now.
+        seeded(before + rank, rank)
+        return ranks.stored()[rank]
+
+    with rng.aside():
+        parts = [stored(named(training(0)))] if before == 1 else [taken(rank) for rank in range(before)]
+        live, described = Ranks([named(blank(rank)) for rank in range(6)]), []
+        for rank, objects in enumerate(live.objects):
+            seeded(7 + rank // 2, rank)
+            generator: Any = objects["generator"]
+            generator.manual_seed(30 + rank // 2)
+            described.append(rng.described(objects))
+        backs = live.restore(parts, described=described)
+        drawn, own, python = [], [], []
+        for back, objects in zip(backs, live.objects, strict=True):
+            assert rng.restore(back.rng) == []
+            generator = objects["generator"]
+            drawn.append(float(torch.rand(())))
+            own.append(float(torch.rand((), generator=generator)))
+            python.append(random.random())
+    for each in (drawn, own):
+        assert each[0::2] == each[1::2]
+        assert len(set(each)) == 3
+    assert len(set(python)) == 6, "those that differ now differ"
 
 
 def test_a_snapshot_of_many_is_looked_into_as_one() -> None:

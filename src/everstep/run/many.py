@@ -25,6 +25,7 @@ from everstep.run.settings import Settings
 from everstep.run.signals import EXIT_STATUS
 from everstep.run.starting import Return, Start
 from everstep.run.taking import Agree
+from everstep.state import rng
 from everstep.state.collecting import Collected
 from everstep.state.sharing import have_parted
 from everstep.state.workers import let_workers_end_with_the_process
@@ -119,7 +120,9 @@ class RunOfMany(Run):
 
         def on_all(chain: Chain, snapshot: Snapshot) -> resume.Resumption:
             nonlocal known
-            ranks.tell(snapshot.id.encode())
+            stored = len(snapshot.record.manifests)
+            ranks.tell(f"{snapshot.id} {stored}".encode())
+            self._compare_generators(stored)
             try:
                 return ranks.all_of("the state", lambda: restored(chain, snapshot))
             except (Damaged, NotFound):
@@ -140,12 +143,22 @@ class RunOfMany(Run):
 
     def _follow(self, restored: resume.Restore) -> resume.Resumption | None:
         chain = self._readable()
-        while id := self._together.told().decode():
+        while told := self._together.told().decode():
+            id, _, stored = told.partition(" ")
+            self._compare_generators(int(stored))
             try:
-                return self._together.all_of("the state", lambda: restored(chain, chain.snapshot(id)))
+                return self._together.all_of("the state", partial(_restored_of, restored, chain, id))
             except (Damaged, NotFound):
                 continue  # Rank 0 looks for another.
         return None
+
+    def _compare_generators(self, stored: int) -> None:
+        """Before a snapshot of another number of ranks is read: which of these have alike generators."""
+        world = self._world
+        if stored != world.ranks and not world.alike:
+            mine = rng.described(self._objects)
+            alike = rng.alike(self._together.link.share("generators", mine), world.rank)
+            self._world = replace(world, alike=alike)
 
     def _terms_of_rank(self, terms: Terms) -> Terms:
         ranks = self._together
@@ -416,6 +429,10 @@ class RunOfMany(Run):
         pending = self._takes.get(self._last.number) if self._last is not None else None
         if pending is not None and not self._together.leads:
             pending.settled(self._together.patience.parts_s)
+
+
+def _restored_of(restored: resume.Restore, chain: Chain, id: str) -> resume.Resumption:
+    return restored(chain, chain.snapshot(id))
 
 
 def _told(outcome: Outcome) -> Became:

@@ -136,5 +136,5 @@ def restored(
             wanted += [replace(one, region=one.region + first) for one in left]
         remarks.extend(reader.fill(manifest, wanted))
 
-    state = restore(manifest, fill, objects, strict=strict, world=world, part=parts[mine])
+    state = restore(manifest, fill, objects, strict=strict, world=world, parts=parts)
     return Resumption(snapshot, manifest, state, tuple(remarks), taken > 0, reader.got_round)

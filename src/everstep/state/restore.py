@@ -10,7 +10,7 @@ a reason why that is not all (`_Restoration.moved`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -61,7 +61,7 @@ def restore(
     *,
     strict: bool = True,
     world: World | None = None,
-    part: Manifest | None = None,
+    parts: Sequence[Manifest] = (),
 ) -> Restored:
     """Bring the objects to the state of a snapshot. The global RNGs are not touched: they are in the result.
 
@@ -72,14 +72,14 @@ def restore(
         strict: refuse what is missing or surplus; otherwise leave it as it is and say so in `approximate`. Of
             many ranks what is surplus is another's.
         world: the ranks that train together now, and which of them this is.
-        part: of a snapshot of N ranks the manifest of rank number `world.rank` modulo N: what was that
-            rank's own is this one's now.
+        parts: of a snapshot of N ranks the manifest of each; what was rank `world.rank` modulo N's own is
+            this one's now.
 
     Raises:
         Mismatch: something does not fit; the message names it, and nothing was touched.
         Damaged: bytes could not be verified; the objects may be partly overwritten.
     """
-    return _Restoration(manifest, fill, strict, world=world, part=part).run(objects)
+    return _Restoration(manifest, fill, strict, world=world, parts=parts).run(objects)
 
 
 def restore_part(
@@ -125,7 +125,7 @@ class _Restoration:
         only: str | None = None,
         *,
         world: World | None = None,
-        part: Manifest | None = None,
+        parts: Sequence[Manifest] = (),
     ) -> None:
         self.manifest = manifest
         self.fill = fill
@@ -137,7 +137,8 @@ class _Restoration:
         """Whether the snapshot is of another number of ranks than there are now."""
 
         self.whole: dict[str, Value] = _part(manifest.tree, OBJECTS)
-        own = manifest if part is None or manifest.ranks == 1 else part
+        self.parts = parts if len(parts) > 1 else [manifest]
+        own = self._part_of(self.world.rank)
         self.own: dict[str, Value] = _part(own.tree, OBJECTS)
         self.run_part: dict[str, Value] = _part(own.tree, RUN)
         self.saved: dict[str, Value] = dict(self.whole)
@@ -158,6 +159,8 @@ class _Restoration:
         if self.moved:
             self.approximate.insert(0, f"world size {self.manifest.ranks} -> {self.world.ranks}")
         needed = {key: part for key, part in self.run_part.items() if key not in (CONFIG, "gradients")}
+        if self.moved:
+            needed["rng"] = self._rng()
         for name in leaf_names(needed):
             self._new(name, leaves.CPU)
         self._check_gradients(objects)
@@ -167,7 +170,7 @@ class _Restoration:
         return Restored(
             progress=run["progress"],
             position=run["data"],
-            rng=rng.derived(run["rng"], self.world.rank) if self._is_new_rank() else run["rng"],
+            rng=self._own_rng(run["rng"]),
             values={name: states[name] for name, value in wanted.items() if is_plain(value)},
             approximate=self.approximate,
         )
@@ -179,7 +182,10 @@ class _Restoration:
             return
         for name, own in self.own.items():
             value, whole = objects.get(name), self.whole[name]
-            if not isinstance(value, torch.nn.Module | torch.optim.Optimizer):
+            if self.moved and rng.is_generator(value):
+                theirs = _part(self._part_of(self._first_alike(name)).tree, OBJECTS)
+                self.saved[name] = theirs.get(name, own)
+            elif not isinstance(value, torch.nn.Module | torch.optim.Optimizer):
                 self.saved[name] = own
             elif not self.moved and type(own) is type(whole) is dict:
                 # What only others had, too: stages may be cut elsewhere now.
@@ -187,9 +193,33 @@ class _Restoration:
                 if isinstance(value, torch.optim.Optimizer):
                     self.saved[name]["state"] = {**whole.get("state", {}), **own.get("state", {})}
 
-    def _is_new_rank(self) -> bool:
+    def _part_of(self, rank: int) -> Manifest:
+        """What a rank of this number had; of a new one that of another."""
+        return self.parts[rank % len(self.parts)]
+
+    def _first_alike(self, generator: str) -> int:
+        """Whose a generator is to be on another number of ranks. Those that are alike now, as in the ranks of
+        a tensor-parallel group, have to stay so; those that are not are not to draw the same."""
+        return self.world.alike.get(generator, self.world.rank)
+
+    def _is_new(self, rank: int) -> bool:
         """Whether there was no rank of this number: what it has of another's would be drawn twice."""
-        return self.moved and self.world.rank >= self.manifest.ranks
+        return self.moved and rank >= self.manifest.ranks
+
+    def _rng(self) -> dict[str, Any]:
+        """The values of the global generators, each of the rank whose it is to be."""
+        states: dict[str, Any] = {}
+        for kind, own in _part(self.run_part, "rng").items():
+            theirs = _part(_part(self._part_of(self._first_alike(kind)).tree, RUN), "rng")
+            states[kind] = theirs.get(kind, own)
+        return states
+
+    def _own_rng(self, states: Mapping[str, Any]) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for kind, state in states.items():
+            rank = self._first_alike(kind)
+            made.update(rng.derived({kind: state}, rank) if self._is_new(rank) else {kind: state})
+        return made
 
     def run_part_of(self, objects: Mapping[str, object]) -> None:
         wanted = {name: value for name, value in self._matched(objects).items() if self._takes(name, value)}
@@ -458,8 +488,8 @@ class _Restoration:
                 value.load_state_dict(state)  # type: ignore[attr-defined]
             elif rng.is_generator(value):
                 rng.set_generator_state(value, state)
-                if self._is_new_rank():
-                    rng.reseed(value, state, self.world.rank)
+                if self._is_new(rank := self._first_alike(name)):
+                    rng.reseed(value, state, rank)
             elif is_container(value):
                 replace_contents(value, state)
         except EverstepError:

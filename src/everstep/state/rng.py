@@ -8,11 +8,12 @@ from __future__ import annotations
 import ctypes
 import random
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import torch
 from blake3 import blake3
@@ -86,6 +87,29 @@ def derived(state: Mapping[str, Any], rank: int) -> dict[str, Any]:
             for one in state["cuda"]
         ]
     return made
+
+
+def described(objects: Mapping[str, object]) -> bytes:
+    """What ranks compare to find out whose generators are alike: the global ones, and those among the
+    objects. Some hundred bytes."""
+    states = {
+        **capture(),
+        **{name: generator_state(one) for name, one in objects.items() if is_generator(one)},
+    }
+    return msgspec.json.encode({name: _seed(state, 0) for name, state in states.items()})
+
+
+def alike(described: Sequence[bytes], rank: int) -> dict[str, int]:
+    """By name the lowest rank whose generator is in the same state as this rank's.
+
+    Args:
+        described: what each rank has, in order.
+    """
+    each = [msgspec.json.decode(one, type=dict[str, int]) for one in described]
+    return {
+        name: next(number for number, other in enumerate(each) if other.get(name) == state)
+        for name, state in each[rank].items()
+    }
 
 
 def reseed(obj: object, state: Any, rank: int) -> None:

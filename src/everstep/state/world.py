@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,11 +31,14 @@ class World:
         rank: 0 to `ranks` - 1.
         ranks: how many there are.
         exchange: None where there is nobody to exchange with.
+        alike: by the name of a random generator the lowest rank on which it is in the same state as on this
+            one, before anything is restored; where ranks have compared them.
     """
 
     rank: int = 0
     ranks: int = 1
     exchange: Exchange | None = None
+    alike: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.ranks or (self.ranks > 1 and self.exchange is None):
