@@ -947,10 +947,6 @@ def _count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(len(value))
 
 
-def _total(value: Any) -> str:
-    return f"{sum(value.values()):,}"
-
-
 def _ratio(value: Any) -> str:
     return f"{value:.3f}"
 
@@ -1015,7 +1011,7 @@ ROWS: list[tuple[str, tuple[str, ...], Callable[[Any], str], str, str]] = [
     ("ranks_cost", ("durable_of_one_rank", "4"), _ratio,
      "Until a snapshot of 1 GB by 4 ranks is durable / by one rank, same disk",
      "4 个 rank 的 1 GB 快照到持久为止 / 1 个 rank，同一磁盘"),
-    ("ranks_kill", ("kills",), _total,
+    ("ranks_kill", ("kills",), _count,
      "Kills of trainings of 4, 2, 3 and 1 ranks (DDP, FSDP2, FSDP2 with tensor parallelism)",
      "对 4、2、3、1 个 rank 的训练（DDP、FSDP2、FSDP2 加张量并行）的击杀次数"),
     ("ranks_kill", ("resumed",), _count, "Resumes after them, each byte held against one process's reading",
