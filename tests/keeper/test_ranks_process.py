@@ -92,7 +92,8 @@ def test_they_have_one_keeper_and_do_without_a_dead_one(
     assert other.pid != status.pid
     assert len(other.seats) == RANKS
     run.ask("close")
-    assert dead(other.pid)
+    # None waits for long until it is gone: it may have stayed for the other ranks.
+    until(lambda: dead(other.pid), "the keeper is gone")
     assert list((runtime / "everstep").iterdir()) == []
 
 
@@ -185,7 +186,45 @@ def test_what_was_handed_over_outlives_all_and_each_gets_its_own_back(
     newest = next(Chain(path).snapshots())
     assert (newest.step, len(newest.record.manifests)) == (40, 2)
     fewer.ask("close")
-    assert dead(status.pid)
+    until(lambda: dead(status.pid), "the keeper is gone")
+
+
+def test_ranks_that_leave_the_keeper_with_what_it_has_lose_nothing(
+    path: Path, start: Callable[..., Ranks]
+) -> None:
+    run = start()
+    run.begin()
+    run.ask("take", 10, 1)
+    run.ask("wait")
+    (status,) = living()
+    os.kill(status.pid, signal.SIGSTOP)
+    run.ask("take", 20, 2)
+    told = run.ask("abandon")
+    assert told == [told[0]] * RANKS
+    (text,) = told[0]  # type: ignore[misc]
+    assert text.startswith("Unavailable: this process left before the snapshot was durable; the keeper")
+    assert_joined(path, [10], RANKS)
+    os.kill(status.pid, signal.SIGCONT)
+    heirs = start()  # The processes that have left live on.
+    held = heirs.ask("held")
+    assert_joined(path, [20, 10], RANKS)
+    for found in held:
+        assert [(one["step"], one["same"]) for one in found] == [(20, True), (10, True)]  # type: ignore[attr-defined]
+
+
+def test_a_rank_that_closes_does_not_wait_for_the_others(path: Path, start: Callable[..., Ranks]) -> None:
+    run = start()
+    run.begin()
+    run.ask("take", 10, 1)
+    run.ask("wait")
+    first, *others = run.all
+    for one in others:
+        assert one.do("close") is None
+        assert one.do("warnings") == []
+    (status,) = living()
+    assert [seat.trainer for seat in status.seats if seat.trainer] == [first.process.pid]
+    first.do("close")
+    until(lambda: dead(status.pid), "the keeper is gone")
 
 
 def kill_keepers() -> None:

@@ -140,6 +140,19 @@ class Trainer:
     def torch_imported(self) -> bool:
         return "torch" in sys.modules
 
+    def abandon(self) -> list[str]:
+        """Leave the keeper with what it has; what they are told who wait."""
+        jobs = list(self.keeper._open)
+        self.keeper.abandon()
+        said = []
+        for job in jobs:
+            try:
+                job.pending.durable(0)
+                said.append("")
+            except EverstepError as error:
+                said.append(f"{type(error).__name__}: {error}")
+        return said
+
     def close(self) -> None:
         self.keeper.close()
         if self.lease is not None:
