@@ -38,6 +38,12 @@ class Ranks:
         self.ask("begin_as", lease, deadline_s, *([head.id] if head else []))
         self.ask("ready")
 
+    def begin_with_a_snapshot(self, deadline_s: float = LONG_S) -> None:
+        """Of step 10, durable."""
+        self.begin(deadline_s)
+        self.ask("take", 10, 1)
+        self.ask("wait")
+
     def ask(self, word: str, *arguments: object) -> list[object]:
         """All at once."""
         for trainer in self.all:
@@ -73,9 +79,7 @@ def test_they_have_one_keeper_and_do_without_a_dead_one(
 ) -> None:
     run = start()
     assert run.ask("held") == [[]] * RANKS
-    run.begin()
-    run.ask("take", 10, 1)
-    run.ask("wait")
+    run.begin_with_a_snapshot()
     (status,) = living()
     pids = [trainer.process.pid for trainer in run.all]
     assert [(seat.rank, seat.trainer) for seat in status.seats] == list(enumerate(pids))
@@ -101,9 +105,7 @@ def test_a_frozen_rank_costs_a_snapshot_and_a_killed_one_does(
     path: Path, start: Callable[..., Ranks]
 ) -> None:
     run = start()
-    run.begin(deadline_s=0.5)
-    run.ask("take", 10, 1)
-    run.ask("wait")
+    run.begin_with_a_snapshot(deadline_s=0.5)
     frozen = run.all[2]
     frozen.process.send_signal(signal.SIGSTOP)
     others = [one for one in run.all if one is not frozen]
@@ -123,9 +125,7 @@ def test_a_rank_that_is_killed_in_the_middle_is_not_waited_for(
 ) -> None:
     """Its trainer's death is all that the keeper needs to know; and then all are killed."""
     run = start()
-    run.begin()
-    run.ask("take", 10, 1)
-    run.ask("wait")
+    run.begin_with_a_snapshot()
     killed = run.all[2]
     for one in run.all:
         one.do("take_without_end" if one is killed else "take", 20, 2)
@@ -149,9 +149,7 @@ def test_what_was_handed_over_outlives_all_and_each_gets_its_own_back(
     path: Path, start: Callable[..., Ranks]
 ) -> None:
     run = start()
-    run.begin()
-    run.ask("take", 10, 1)
-    run.ask("wait")
+    run.begin_with_a_snapshot()
     (status,) = living()
     os.kill(status.pid, signal.SIGSTOP)
     run.ask("take", 20, 2)
@@ -193,9 +191,7 @@ def test_ranks_that_leave_the_keeper_with_what_it_has_lose_nothing(
     path: Path, start: Callable[..., Ranks]
 ) -> None:
     run = start()
-    run.begin()
-    run.ask("take", 10, 1)
-    run.ask("wait")
+    run.begin_with_a_snapshot()
     (status,) = living()
     os.kill(status.pid, signal.SIGSTOP)
     run.ask("take", 20, 2)
@@ -214,9 +210,7 @@ def test_ranks_that_leave_the_keeper_with_what_it_has_lose_nothing(
 
 def test_a_rank_that_closes_does_not_wait_for_the_others(path: Path, start: Callable[..., Ranks]) -> None:
     run = start()
-    run.begin()
-    run.ask("take", 10, 1)
-    run.ask("wait")
+    run.begin_with_a_snapshot()
     first, *others = run.all
     for one in others:
         assert one.do("close") is None

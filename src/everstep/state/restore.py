@@ -210,14 +210,14 @@ class _Restoration:
         """The values of the global generators, each of the rank whose it is to be."""
         states: dict[str, Any] = {}
         for kind, own in _part(self.run_part, "rng").items():
-            theirs = _part(_part(self._part_of(self._first_alike(kind)).tree, RUN), "rng")
+            theirs = _part(_part(self._part_of(self._first_alike(f"{RUN}/{kind}")).tree, RUN), "rng")
             states[kind] = theirs.get(kind, own)
         return states
 
     def _own_rng(self, states: Mapping[str, Any]) -> dict[str, Any]:
         made: dict[str, Any] = {}
         for kind, state in states.items():
-            rank = self._first_alike(kind)
+            rank = self._first_alike(f"{RUN}/{kind}")
             made.update(rng.derived({kind: state}, rank) if self._is_new(rank) else {kind: state})
         return made
 

@@ -20,6 +20,7 @@ from blake3 import blake3
 from numpy.random.mtrand import get_bit_generator
 
 from everstep.errors import Mismatch, Unsupported
+from everstep.format.manifest import RUN
 
 _WORDS_OF_PYTHON = 4
 _NUMPY_BYTES = 625 * 4
@@ -92,8 +93,9 @@ def derived(state: Mapping[str, Any], rank: int) -> dict[str, Any]:
 def described(objects: Mapping[str, object]) -> bytes:
     """What ranks compare to find out whose generators are alike: the global ones, and those among the
     objects. Some hundred bytes."""
+    # By the names of their leaves: an object may have that of a kind.
     states = {
-        **capture(),
+        **{f"{RUN}/{kind}": state for kind, state in capture().items()},
         **{name: generator_state(one) for name, one in objects.items() if is_generator(one)},
     }
     return msgspec.json.encode({name: _seed(state, 0) for name, state in states.items()})
