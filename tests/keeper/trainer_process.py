@@ -61,7 +61,15 @@ class Trainer:
 
     def held(self) -> list[dict[str, Any]]:
         """What lies in memory, and whether it is the state of its step."""
+        self.settle()
+        return self.lying()
+
+    def settle(self) -> None:
+        """Wait until all is done that was handed over before."""
         self._held = self.keeper.held()
+
+    def lying(self) -> list[dict[str, Any]]:
+        """As `held`, of what was settled."""
         found = []
         for held in self._held:
             name = held.snapshot or held.manifest

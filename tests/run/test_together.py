@@ -16,9 +16,9 @@ import torch
 
 from everstep.errors import Damaged, EverstepError, Mismatch, NotFound, Unavailable
 from everstep.run.ranks import link as links
-from everstep.run.ranks.agreement import Due
+from everstep.run.ranks.agreement import Agreement, Due
 from everstep.run.ranks.link import Job, job_of_many
-from everstep.run.ranks.messages import Became, Wish
+from everstep.run.ranks.messages import Became, Propose, Wish
 from everstep.run.ranks.together import LAST, Alone, Patience, Together
 
 pytestmark = pytest.mark.slow
@@ -241,6 +241,43 @@ def test_ranks_at_paces_of_their_own_take_the_same_steps(store: Any, seed: int, 
     assert all(one.taken == first.taken for one in trainers)
     assert [one.last for one in trainers] == [None] * 4, "nobody wanted a last one"
     assert [(one.warned, one.news) for one in trainers] == [([], [])] * 4
+    _end_all(ranks.each)
+
+
+def test_what_is_proposed_while_a_rank_begins_is_promised(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank may wish for a snapshot before this one goes on from its first moment of listening."""
+    proposed = threading.Event()
+    starting = threading.Thread.start
+
+    class Listening(threading.Thread):
+        def start(self) -> None:
+            starting(self)
+            if self.name == "everstep-hear":
+                assert proposed.wait(60)
+
+    real = Agreement.proposed
+
+    def hear(self: Agreement, propose: Propose) -> None:
+        real(self, propose)
+        if self.rank == 1:
+            proposed.set()
+
+    monkeypatch.setattr(Agreement, "proposed", hear)
+    ranks = Ranks(store, 2)
+    first, second = ranks.each
+
+    def begin(one: Together) -> None:
+        one.start(0, lambda: True, lambda: True, lambda became: None, lambda text: None)
+
+    begin(first)
+    first.ask(Wish("10m"))
+    monkeypatch.setattr(threading, "Thread", Listening)
+    begin(second)
+    hub = first._talk._hub  # type: ignore[union-attr]
+    until(lambda: hub.number == 2, "agreed upon")
+    step = first.ahead
+    dues = [[due for at in range(1, step + 1) if (due := one.passed(at)) is not None] for one in ranks.each]
+    assert [len(one) for one in dues] == [1, 1]
     _end_all(ranks.each)
 
 

@@ -248,11 +248,11 @@ class Link:
 
     # -- while it trains ------------------------------------------------------------------------------------
 
-    def start(
+    def talk(
         self, round: int, hear: Callable[[Message], None], broken: Callable[[str], None], late_s: float
     ) -> Talk:
-        """Begin to talk with the hub, which is rank 0's, for the `round`th time. `hear` and `broken` are
-        called in a thread."""
+        """Talk with the hub, which is rank 0's, for the `round`th time, from its `begin` on. `hear` and
+        `broken` are called in a thread."""
         return Talk(self._job, self._key("h", round), hear, broken, late_s)
 
 
@@ -303,6 +303,9 @@ class Talk:
             )
             for name, target in targets
         ]
+
+    def begin(self) -> None:
+        """Say and hear. `hear` may be called before this returns, and may post."""
         for thread in self._threads:
             thread.start()
 

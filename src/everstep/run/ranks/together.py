@@ -200,7 +200,8 @@ class Together:
         hold_s = self.patience.hold_s
         self._fits = fits
         self._agreement = Agreement(self.rank, step, self._post, room, fits, hold_s)
-        self._talk = self.link.start(self._rounds, self._hear, self._broken, hold_s * LATE_OF_HOLD)
+        self._talk = self.link.talk(self._rounds, self._hear, self._broken, hold_s * LATE_OF_HOLD)
+        self._talk.begin()  # What is heard at once is answered through it.
 
     def ask(self, wish: Wish) -> None:
         assert self._agreement is not None
