@@ -52,7 +52,7 @@ class Ranks:
         return [trainer.answer() for trainer in self.all]
 
     def held(self) -> list[list[dict[str, Any]]]:
-        """A rank that is not the first knows of no snapshot, only of its part of it: so the chain is looked at
+        """A rank that is not the first knows of no snapshot, only of its part: so the chain is looked at
         when all are settled."""
         self.ask("settle")
         return self.ask("lying")  # type: ignore[return-value]

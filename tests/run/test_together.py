@@ -244,7 +244,7 @@ def test_ranks_at_paces_of_their_own_take_the_same_steps(store: Any, seed: int, 
     _end_all(ranks.each)
 
 
-def test_what_is_proposed_while_a_rank_begins_is_promised(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_proposed_while_a_rank_begins_is_heard(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another rank may wish for a snapshot before this one goes on from its first moment of listening."""
     proposed = threading.Event()
     starting = threading.Thread.start
