@@ -475,7 +475,7 @@ def test_its_forked_children_do_not_hide_its_death(path: Path, trainer: Callable
         sockets = [os.readlink(one) for one in Path(f"/proc/{child}/fd").iterdir()]
         assert not any(name.startswith("socket:") for name in sockets)
         first.kill()
-        assert lingering().held
+        until(lambda: bool(lingering().held), "it holds what it stored")
         (held,) = trainer().do("held")
         assert held["step"] == 1
         assert not dead(child)
@@ -495,7 +495,7 @@ def test_a_death_is_noticed_although_the_socket_stays_open(
     copies = copied_sockets(life, first.process.pid)
     assert copies
     first.kill()
-    assert lingering().held
+    until(lambda: bool(lingering().held), "it holds what it stored")
     for descriptor in (life, *copies):
         os.close(descriptor)
 
