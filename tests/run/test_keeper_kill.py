@@ -423,9 +423,9 @@ class Script:
 
 
 def rests() -> bool:
-    """Whether the only keeper knows that its trainer is gone, and has done all it was given."""
+    """Whether the only keeper knows that its trainer is gone, has done all it was given, and holds the newest of it."""
     status = the_keeper()
-    return not status.trainer and not status.jobs
+    return not status.trainer and not status.jobs and bool(status.held)
 
 
 def test_what_a_killed_trainer_has_handed_over_becomes_durable_without_another(tmp_path: Path) -> None:
