@@ -423,7 +423,7 @@ class Script:
 
 
 def rests() -> bool:
-    """Whether the only keeper knows that its trainer is gone, has done all it was given, and holds the newest of it."""
+    """Whether the only keeper knows that its trainer is gone, and holds the newest of what it was given."""
     status = the_keeper()
     return not status.trainer and not status.jobs and bool(status.held)
 
