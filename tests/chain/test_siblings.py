@@ -6,7 +6,7 @@ import mmap
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -15,11 +15,12 @@ from making import GRID_BYTES
 from everstep.chain import lanes, packing
 from everstep.chain.encoding import Always
 from everstep.chain.history import Chain
+from everstep.chain.lanes import Air
 from everstep.chain.lease import Lease
 from everstep.chain.packing import HELD_BYTES, PACKS_AT_ONCE, Shares, Wave
 from everstep.chain.parts import Part
 from everstep.chain.reader import Reader, Target
-from everstep.chain.siblings import AIR_BYTES, AIR_PACKS, Siblings
+from everstep.chain.siblings import AIR_BYTES, Siblings
 from everstep.chain.writer import Captured, Facts, Writer
 from everstep.errors import Unavailable
 from everstep.format import keys, values
@@ -81,7 +82,7 @@ def store_all(
 ) -> dict[int, Part | Exception]:
     """All ranks at once, each in a thread that is called by its rank."""
     Chain.create(store, GRID_BYTES)
-    siblings = siblings or Siblings(lambda: RANKS)
+    siblings = siblings or Siblings(lambda ours: RANKS)
     found: dict[int, Part | Exception] = {}
 
     def work(rank: int) -> None:
@@ -183,7 +184,7 @@ def test_nobody_waits_for_one_whose_waves_are_still_to_come() -> None:
             if not self.left:
                 stored.set()
 
-    parts = store_all(store, state, Counting(lambda: RANKS))
+    parts = store_all(store, state, Counting(lambda ours: RANKS))
     assert stored.is_set()
     for part in parts.values():
         assert_whole(store, part)
@@ -192,7 +193,7 @@ def test_nobody_waits_for_one_whose_waves_are_still_to_come() -> None:
 def test_nobody_waits_for_one_whose_memory_is_still_being_filled() -> None:
     store = MemoryStore()
     Chain.create(store, GRID_BYTES)
-    siblings = Siblings(lambda: 4)
+    siblings = Siblings(lambda ours: 4)
     layout = laid(0)
     stuck, filled = threading.Event(), threading.Event()
     last = layout.regions[-1].offset + layout.regions[-1].size_bytes
@@ -230,7 +231,7 @@ def test_nobody_waits_for_one_whose_memory_is_still_being_filled() -> None:
 def test_what_builds_on_something_is_pointed_to_with_what_it_builds_on() -> None:
     store = MemoryStore()
     Chain.create(store, GRID_BYTES)
-    siblings = Siblings(lambda: 2)
+    siblings = Siblings(lambda ours: 2)
     memories = [memoryview(mmap.mmap(-1, laid(0).arena_bytes)) for _ in range(2)]
     first, near = bytes(content(0)), content(0)
     near[5] ^= 1
@@ -252,7 +253,7 @@ def test_what_builds_on_something_is_pointed_to_with_what_it_builds_on() -> None
 
 
 def test_another_take_shares_nothing() -> None:
-    siblings = Siblings(lambda: 1)
+    siblings = Siblings(lambda ours: 1)
     first = siblings.shares(1).common
     assert siblings.shares(1).common is first
     assert siblings.shares(2).common is not first
@@ -286,7 +287,7 @@ def test_no_more_threads_compute_than_cores_are_idle(monkeypatch: pytest.MonkeyP
     store = MemoryStore()
     # What the first computes on is not idle for those who come: on two cores, nothing.
     idle = iter([2, 0, 0, 0])
-    parts = store_all(store, captured, Siblings(lambda: next(idle)))
+    parts = store_all(store, captured, Siblings(lambda ours: next(idle) + ours))
     assert most[0] == 2
     for part in parts.values():
         assert_whole(store, part)
@@ -294,7 +295,7 @@ def test_no_more_threads_compute_than_cores_are_idle(monkeypatch: pytest.MonkeyP
 
 def test_cores_on_which_siblings_compute_are_not_lost_to_those_who_come() -> None:
     idle = [3]
-    siblings = Siblings(lambda: idle[0])
+    siblings = Siblings(lambda ours: idle[0] + ours)
     first = siblings.shares(1)
     assert first.lanes == 3
     with first.core(), first.core():
@@ -311,7 +312,7 @@ def test_cores_on_which_siblings_compute_are_not_lost_to_those_who_come() -> Non
 
 
 def test_packs_under_way_are_bounded_for_all_together() -> None:
-    siblings = Siblings(lambda: 1)
+    siblings = Siblings(lambda ours: 1)
     siblings.enter()
     assert siblings.shares(1).held_bytes == HELD_BYTES
     for _ in range(15):
@@ -325,26 +326,36 @@ def test_packs_under_way_are_bounded_for_all_together() -> None:
 def test_packs_that_are_put_at_a_time_are_bounded_for_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "PACK_BYTES", GRID_BYTES)
     monkeypatch.setattr(lanes, "SMALL_BYTES", 0)
-    siblings = Siblings(lambda: RANKS)
-    putting = siblings.shares(0).putting
-    assert isinstance(putting, threading.Semaphore)
-    with ExitStack() as stack:
-        for _ in range(AIR_PACKS - 1):
-            stack.enter_context(siblings.shares(0).putting)
-        one_more: list[bool] = []
+    monkeypatch.setattr("everstep.chain.siblings.AIR_PACKS", 1)
+    put: list[bool] = []
+    putting = threading.Lock()
 
-        class Asking(MemoryStore):
-            def put(self, key: str, parts: Sequence[Buffer]) -> bool:
-                if key.startswith(keys.PACKS):
-                    one_more.append(putting.acquire(blocking=False))
+    class Asking(MemoryStore):
+        def put(self, key: str, parts: Sequence[Buffer]) -> bool:
+            if not key.startswith(keys.PACKS):
                 return super().put(key, parts)
+            put.append(putting.acquire(blocking=False))
+            try:
+                return super().put(key, parts)
+            finally:
+                putting.release()
 
-        store = Asking()
-        parts = store_all(store, captured, siblings)
-    assert len(one_more) > RANKS * FLOATS * 4 // GRID_BYTES
-    assert not any(one_more)
-    for part in parts.values():
-        assert_whole(store, part)
+    parts = store_all(Asking(), captured)
+    assert len(put) > RANKS * FLOATS * 4 // GRID_BYTES
+    assert all(put)
+    assert all(isinstance(part, Part) for part in parts.values())
+
+
+def test_how_fast_the_store_is_each_is_told_for_all_of_them() -> None:
+    """Else each would take it for slow, and compute on encodings for which there is no time."""
+    now = [0.0]
+    both = threading.Barrier(2, lambda: now.__setitem__(0, 8.0))
+    air = Air(lambda: now[0], 2)
+    with ThreadPoolExecutor(2) as pool:
+        shares = [pool.submit(air.put, lambda: both.wait(DEADLINE_S)) for _ in range(2)]
+        assert [share.result() for share in shares] == [4.0, 4.0]
+    siblings = Siblings(lambda ours: 1)
+    assert siblings.shares(1).air is siblings.shares(2).air
 
 
 def test_a_pack_is_closed_when_it_holds_its_share() -> None:

@@ -539,6 +539,8 @@ def test_cores_that_others_keep_busy_are_not_counted(monkeypatch: pytest.MonkeyP
         text = f"0.1 0.2 0.3 {running} 1234\n"
         monkeypatch.setattr(lanes, "open", lambda path, text=text: io.StringIO(text), raising=False)
         assert lanes.idle_cores() == idle
+    monkeypatch.setattr(lanes, "open", lambda path: io.StringIO("0 0 0 11/99 1"), raising=False)
+    assert [lanes.idle_cores(ours) for ours in (0, 2, 3, 5, 20)] == [1, 1, 1, 3, 8]
 
 
 # -- costs ------------------------------------------------------------------------------------------------
@@ -818,7 +820,10 @@ def test_two_packs_are_put_at_a_time_and_each_is_told_its_share() -> None:
     def pack_of(name: str, size_bytes: int) -> Any:
         return SimpleNamespace(name=name, end=size_bytes * lanes.SMALL_BYTES)
 
-    putter = lanes.Putter(put, lambda: now[0], lambda *told: took.append(told))
+    def clock() -> float:
+        return now[0]
+
+    putter = lanes.Putter(put, clock, lambda *told: took.append(told), lanes.Air(clock))
     putter.put(pack_of("one", 1))
     assert putting.acquire(timeout=60)
     now[0] = 1.0

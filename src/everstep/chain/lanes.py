@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Generic, TypeVar
 
 from everstep.format.pack import Builder
@@ -27,8 +28,9 @@ SMALL_BYTES = 1024 * 1024
 """A pack below this size is put in less time than a thread takes to start beside a busy trainer."""
 
 
-def idle_cores() -> int:
-    """How many cores nobody else keeps busy at this instant, this thread's own included: 1 at least."""
+def idle_cores(ours: int = 0) -> int:
+    """How many cores nobody else keeps busy at this instant, this thread's own included: 1 at least. `ours`:
+    so many more threads that may be running now are not somebody else."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         with open("/proc/loadavg") as file:
@@ -36,7 +38,7 @@ def idle_cores() -> int:
     except (OSError, ValueError, IndexError):
         # Another system: then half of them are as good a guess as any.
         running = 1 + cores // 2
-    return max(1, cores - max(running - 1, 0))
+    return max(1, cores - max(running - 1 - ours, 0))
 
 
 class _Task(Generic[Result]):
@@ -139,20 +141,62 @@ class Lanes:
             thread.join()
 
 
+class Air:
+    """The packs that are being put into one store, by one writer or by several that are to share it.
+
+    Args:
+        clock: in seconds.
+        limit: so many are put at a time.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, limit: int = AT_ONCE) -> None:
+        self._clock = clock
+        self._room = threading.Semaphore(limit)
+        self._lock = threading.Lock()
+        self._packs = 0
+        self._shared_s = self._since = 0.0
+        """The share of one pack that had been put all the time, up to `_since`."""
+
+    def put(self, put: Callable[[], None]) -> float:
+        """Put a pack. Blocks until it is put, and before that while there is no room.
+
+        Returns:
+            Its share of the time, in seconds: half of that in which two were put.
+        """
+        with self._room:
+            begun = self._count(1)
+            try:
+                put()
+            finally:
+                share_s = self._count(-1) - begun
+        return share_s
+
+    def _count(self, change: int) -> float:
+        """So many more are being put; returns the share up to now."""
+        with self._lock:
+            now = self._clock()
+            if self._packs:
+                self._shared_s += (now - self._since) / self._packs
+            self._since = now
+            self._packs += change
+            return self._shared_s
+
+
 class Putter:
     """Puts packs, in threads of its own where that pays: a few at a time, and one more may wait.
 
     Args:
         put: stores a pack. Its error comes out of the next `put` or `drain`, and what waits is not put.
-        took: is told of each pack how many bytes it had, and its share of the time, in seconds: half of that
-            in which two were put.
+        took: is told of each pack how many bytes it had, and its share of the time, in seconds.
+        air: where they are put.
     """
 
     def __init__(
         self,
         put: Callable[[Builder], None],
         clock: Callable[[], float],
-        took: Callable[[int, float], None] = lambda size_bytes, seconds: None,
+        took: Callable[[int, float], None],
+        air: Air,
     ) -> None:
         self.busy_s = 0.0
         """Time in which a pack was being put."""
@@ -161,10 +205,10 @@ class Putter:
         self._put = put
         self._clock = clock
         self._took = took
+        self._air = air
         self._waiting: Builder | None = None
         self._putting = 0
-        self._shared_s = self._since = 0.0
-        """The share of one pack that had been put all the time, up to `_since`."""
+        self._since = 0.0
         self._closed = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
@@ -179,7 +223,13 @@ class Putter:
         """Have a pack put. Blocks while another waits; until it is put where no thread is worth it: for small
         ones, and for the `last` where there is none yet."""
         if not self._threads and (last or builder.end < SMALL_BYTES or not self._start()):
-            self._timed(builder)
+            with self._changed:
+                self._count(1)
+            try:
+                self._put_now(builder)
+            finally:
+                with self._changed:
+                    self._count(-1)
             return
         with self._changed:
             if self._putting == len(self._threads) < AT_ONCE:
@@ -217,26 +267,17 @@ class Putter:
         self._threads.append(thread)
         return True
 
-    def _timed(self, builder: Builder) -> None:
-        with self._changed:
-            begun = self._count(1)
-        try:
-            self._put(builder)
-        finally:
-            with self._changed:
-                share_s = self._count(-1) - begun
-        self._took(builder.end, share_s)
+    def _put_now(self, builder: Builder) -> None:
+        self._took(builder.end, self._air.put(partial(self._put, builder)))
 
-    def _count(self, change: int) -> float:
-        """So many more are being put; returns the share up to now. Under the lock."""
+    def _count(self, change: int) -> None:
+        """So many more are being put. Under the lock."""
         now = self._clock()
         if self._putting:
             self.busy_s += now - self._since
-            self._shared_s += (now - self._since) / self._putting
         self._since = now
         self._putting += change
         self._changed.notify_all()
-        return self._shared_s
 
     def _work(self) -> None:
         while True:
@@ -246,17 +287,13 @@ class Putter:
                 if builder is None:
                     self.cpu_s += time.thread_time()
                     return
-                begun = self._count(1)
-            size_bytes = 0
+                self._count(1)
             try:
                 if self._error is None:
-                    self._put(builder)
-                    size_bytes = builder.end
+                    self._put_now(builder)
             except BaseException as error:
                 self._error = self._error or error
             # It may hold memory that is given back when all is put.
             builder = None
             with self._changed:
-                share_s = self._count(-1) - begun
-                if size_bytes:
-                    self._took(size_bytes, share_s)
+                self._count(-1)

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from everstep.chain.common import Common, Found
 from everstep.chain.encoding import Base, Encoder, Fresh, Stored, base_of
-from everstep.chain.lanes import AT_ONCE, Lanes, Putter
+from everstep.chain.lanes import AT_ONCE, Air, Lanes, Putter
 from everstep.format import pack
 from everstep.format.chunk import ALIGNMENT_BYTES, Encoding, aligned, digest, grid
 from everstep.format.layout import Layout, Region
@@ -147,7 +147,7 @@ class Shares:
         lanes: how many threads may digest and encode, the calling one included.
         held_bytes: what a pack may hold of encoded chunks.
         core: to be had while a thread computes.
-        putting: to be had while a pack is put.
+        air: where packs are put.
         common: the chunks of all of them.
         done: to be called when all is stored, or has failed.
     """
@@ -155,7 +155,7 @@ class Shares:
     lanes: int
     held_bytes: int = HELD_BYTES
     core: Callable[[], AbstractContextManager[None]] = nullcontext
-    putting: AbstractContextManager[object] = field(default_factory=nullcontext)
+    air: Air = field(default_factory=Air)
     common: Common | None = None
     done: Callable[[], None] = lambda: None
 
@@ -194,7 +194,7 @@ class Packing:
         self._held_bytes = 0
         self._frozen = False
         self._region = self._offset = 0
-        self._putter = putter = Putter(put, clock, encoder.encodings.put)
+        self._putter = putter = Putter(put, clock, encoder.encodings.put, shares.air)
         self._lanes = Lanes(shares.lanes, lambda: draft.seen_bytes >= LANES_FROM_BYTES and putter.idle)
         self._shares = shares
         self._common = shares.common

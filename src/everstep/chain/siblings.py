@@ -1,8 +1,8 @@
 """What the writers of one process have in common: those of the ranks that a run has on one machine.
 
 They store at the same instants. So together they compute on no more cores than are idle, hold no more memory
-for encoded chunks than one might, put no more packs at a time than a store can take, and a chunk that several
-of them have is stored by the first.
+for encoded chunks than one might, put no more packs at a time than a store can take, know how fast that is
+for all of them, and store a chunk that several have once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from everstep.chain.common import Common
-from everstep.chain.lanes import idle_cores
+from everstep.chain.lanes import Air, idle_cores
 from everstep.chain.packing import HELD_BYTES, PACKS_AT_ONCE, Shares
 
 AIR_PACKS = 8
@@ -29,17 +29,17 @@ class Siblings:
     """For several threads.
 
     Args:
-        idle: how many cores nobody else keeps busy, the calling thread's own included.
+        idle: how many cores nobody but so many threads keeps busy, the calling thread's own included.
     """
 
-    def __init__(self, idle: Callable[[], int] = idle_cores) -> None:
+    def __init__(self, idle: Callable[[int], int] = idle_cores) -> None:
         self._idle = idle
         self._changed = threading.Condition()
         self._writers = 0
         self._writes = 0
         self._limit = 1
         self._computing = 0
-        self._putting = threading.Semaphore(AIR_PACKS)
+        self._air = Air(limit=AIR_PACKS)
         self._takes: dict[object, Common] = {}
 
     def enter(self) -> None:
@@ -58,12 +58,12 @@ class Siblings:
         """
         with self._changed:
             # What siblings compute on is not idle, and is shared with them.
-            limit = max(1, self._idle() + self._computing)
+            limit = self._idle(self._computing)
             self._limit = max(limit, self._limit) if self._writes else limit
             self._writes += 1
             self._changed.notify_all()
             held_bytes = min(HELD_BYTES, AIR_BYTES // (PACKS_AT_ONCE * max(self._writers, 1)))
-            return Shares(self._limit, held_bytes, self._core, self._putting, self._common(take), self._done)
+            return Shares(self._limit, held_bytes, self._core, self._air, self._common(take), self._done)
 
     def _done(self) -> None:
         with self._changed:

@@ -17,13 +17,14 @@ from functools import partial
 
 import msgspec
 
+from everstep.chain.common import Common
 from everstep.chain.describing import Described
 from everstep.chain.doomed import Doomed
 from everstep.chain.earlier import Earlier
 from everstep.chain.encoding import Encoder, Encodings, Measured
 from everstep.chain.fence import fence_former
 from everstep.chain.history import MAIN, Chain, Snapshot, now
-from everstep.chain.lanes import idle_cores
+from everstep.chain.lanes import Air, idle_cores
 from everstep.chain.lease import Lease
 from everstep.chain.names import missing
 from everstep.chain.packing import Before, Draft, Packing, Shares, Wave
@@ -282,7 +283,7 @@ class Writer:
     ) -> _Stored:
         computed, begun = self._thread_clock(), self._clock()
         draft = Draft(captured.layout)
-        memory = self._store_chunks(draft, captured, shares or (lambda: Shares(self._cores())))
+        memory = self._store_chunks(draft, captured, shares or self._own_shares)
         stored = self._clock()
         manifest = self._describe(draft.layout).manifest(draft, captured.values, rank, ranks)
         if ranks == 1:
@@ -339,7 +340,7 @@ class Writer:
             self._describe(draft.layout).shared,
             self._before(draft.layout, whole),
             self._encoder,
-            partial(self._put_pack, draft, mine),
+            partial(self._put_pack, draft, mine.common),
             self.chain.about.grid_bytes,
             self._clock,
             self._thread_clock,
@@ -347,6 +348,9 @@ class Writer:
         )
         packing.store(waves)
         return whole
+
+    def _own_shares(self) -> Shares:
+        return Shares(self._cores(), air=Air(self._clock))
 
     def _before(self, layout: Layout, memory: memoryview | None) -> Before:
         """What is known of the state that this memory held before; that knowledge ends here. And of the last
@@ -369,13 +373,12 @@ class Writer:
         if earlier is not None:
             self._earlier.append(earlier)
 
-    def _put_pack(self, draft: Draft, shares: Shares, builder: pack.Builder) -> None:
+    def _put_pack(self, draft: Draft, common: Common | None, builder: pack.Builder) -> None:
         name, parts = builder.finish()
-        with shares.putting:
+        made = self._put_named(keys.pack, name, parts)
+        if made is None:
+            name, parts = builder.finish(salt=secrets.token_bytes(16))
             made = self._put_named(keys.pack, name, parts)
-            if made is None:
-                name, parts = builder.finish(salt=secrets.token_bytes(16))
-                made = self._put_named(keys.pack, name, parts)
         if made:
             draft.made.add(name)
         size_bytes = sum(map(len, parts))
@@ -385,8 +388,8 @@ class Writer:
             draft.places[entry.digest] = Place(
                 name, entry.offset, entry.stored_bytes, entry.encoding, entry.base
             )
-        if shares.common is not None:
-            shares.common.put((entry.digest, draft.found(entry.digest)) for entry in builder.entries)
+        if common is not None:
+            common.put((entry.digest, draft.found(entry.digest)) for entry in builder.entries)
 
     def _put_named(self, key_of: Callable[[str], str], name: str, parts: list[Buffer]) -> bool | None:
         """Put an object that is named by its digest. True: there was none; False: it was there before. None:
