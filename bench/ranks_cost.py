@@ -2,12 +2,13 @@
 
     python -m bench.ranks_cost --json ranks_cost.json
 
-A DDP model with AdamW, on 1, 4 and 8 ranks: what is stored, which is to be what one rank stores; how long it
-takes until a snapshot is durable; and what a tick costs when nothing is due. Ratios are against one rank on
-the same disk in the same run, medians of several repetitions.
+A DDP model with AdamW, with a state of 75 MB on 1, 4 and 8 ranks and with one of 1 GB on 1 and 4: what is
+stored, which is to be what one rank stores; how long it takes until a snapshot is durable; and what a tick
+costs when nothing is due. Ratios are against one rank on the same disk in the same run, medians of several
+repetitions.
 
-The ranks end each step together, as they do where each has a device of its own: here they share two cores, and
-the last of them would begin its snapshot half a step after the first.
+The ranks end each step together, as they do where each has a device of its own: here they share two cores,
+and the last of them would begin its snapshot half a step after the first.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ from torch import nn
 import everstep
 from everstep.chain.history import Chain
 
-WORLDS = (1, 4, 8)
+SIZES = {"75 MB": (6, (1, 4, 8)), "1 GB": (85, (1, 4))}
+"""Layers, and numbers of ranks."""
+
 SNAPSHOTS = 4
 TICKS = 2000
 WAIT_S = 600.0
@@ -106,33 +110,44 @@ def measured(ranks: int, layers: int) -> dict[str, Any]:
         }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--train", default="")
-    parser.add_argument("--layers", type=int, default=85, help="of 4 MB, and 8 MB of optimizer state")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--ranks", type=int, nargs="+", default=WORLDS)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    if given.train:
-        train(given.train, given.layers)
-        return
-    found: dict[str, list[dict[str, Any]]] = {str(ranks): [] for ranks in given.ranks}
-    for _ in range(given.repetitions):
-        for ranks in given.ranks:
-            found[str(ranks)].append(measured(ranks, given.layers))
+def compared(layers: int, worlds: Sequence[int], repetitions: int) -> dict[str, Any]:
+    found: dict[str, list[dict[str, Any]]] = {str(ranks): [] for ranks in worlds}
+    for _ in range(repetitions):
+        for ranks in worlds:
+            found[str(ranks)].append(measured(ranks, layers))
     medians = {
-        ranks: {name: statistics.median(one[name] for one in each) for name in each[0]}
+        ranks: {name: statistics.median(one[name] for one in each) for name in each[0] if name != "costs"}
         for ranks, each in found.items()
     }
     one = medians["1"]
-    result = {
+    return {
         "medians": medians,
         "stored_of_one_rank": {n: medians[n]["stored_bytes"] / one["stored_bytes"] for n in medians},
         "durable_of_one_rank": {n: medians[n]["durable_ms"] / one["durable_ms"] for n in medians},
         "runs": found,
     }
-    print(json.dumps({name: result[name] for name in result if name != "runs"}, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--train", default="")
+    parser.add_argument(
+        "--layers", type=int, default=1, help="with --train: of 4 MB, and 8 MB of optimizer state"
+    )
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--only", choices=SIZES, help="measure a state of this size alone")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    if given.train:
+        train(given.train, given.layers)
+        return
+    result = {
+        size: compared(layers, worlds, given.repetitions)
+        for size, (layers, worlds) in SIZES.items()
+        if given.only in (None, size)
+    }
+    shown = {size: {name: one[name] for name in one if name != "runs"} for size, one in result.items()}
+    print(json.dumps(shown, indent=1))
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
 
