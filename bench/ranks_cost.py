@@ -106,7 +106,8 @@ def measured(ranks: int, layers: int) -> dict[str, Any]:
             },
             "durable_ms": statistics.median(one.costs["durable"] for one in taken),
             "stall_ms": statistics.median(one.costs["stall"] for one in taken),
-            "tick_us": max(ticks),
+            "tick_us": statistics.median(ticks),
+            "tick_of_slowest_us": max(ticks),
         }
 
 
@@ -135,7 +136,7 @@ def main() -> None:
         "--layers", type=int, default=1, help="with --train: of 4 MB, and 8 MB of optimizer state"
     )
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--only", choices=SIZES, help="measure a state of this size alone")
+    parser.add_argument("--only", choices=SIZES, help="a state of this size alone; the file keeps the other")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.train:
@@ -149,7 +150,8 @@ def main() -> None:
     shown = {size: {name: one[name] for name in one if name != "runs"} for size, one in result.items()}
     print(json.dumps(shown, indent=1))
     if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+        others = json.loads(given.json.read_text()) if given.json.exists() else {}
+        given.json.write_text(json.dumps({**others, **result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

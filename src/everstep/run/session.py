@@ -99,6 +99,7 @@ class Run:
         self._replicas = Replicas(self._replica_stores() if self._ranks.leads else [], self._emit)
         self._clock = clock
         self._objects = named(objects)
+        self._optimizers = optimizers(self._objects)
         self._given_objects = objects
         self._track = None if loader is None else track(loader)
         self._triggers = triggers.parse(settings.every)
@@ -260,7 +261,7 @@ class Run:
         rate = settings.scrub_bytes_per_s
         terms = Terms(branch, self._lease.number, parent, settings.keep, fresh, scrub_bytes_per_s=rate)
         self._keeper.begin(self._terms_of_rank(terms))
-        for name, optimizer in optimizers(self._objects).items():
+        for name, optimizer in self._optimizers.items():
             self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._taking.fence()))
             self._hooks.append(
                 optimizer.register_step_post_hook(lambda *_, name=name: self._stepped.add(name))
@@ -523,7 +524,7 @@ class Run:
         else:
             # A step without the loader that was waited for: its position is another's business now.
             self._waiting_position = self._waiting_generators = None
-        self._accumulating = frozenset(optimizers(self._objects).keys() - self._stepped)
+        self._accumulating = frozenset(self._optimizers.keys() - self._stepped)
         self._stepped.clear()
         self._record()
         self._act()
@@ -556,7 +557,7 @@ class Run:
                 self._emit(event)
 
     def _learning_rates(self) -> Iterable[str]:
-        for optimizer in optimizers(self._objects).values():
+        for optimizer in self._optimizers.values():
             for group in optimizer.param_groups:
                 rate = group.get("lr", 0.0)
                 # A rate on an accelerator is not worth waiting for it.
@@ -588,7 +589,7 @@ class Run:
     @property
     def _has_optimizer_state(self) -> bool:
         """Whether an optimizer has taken the step that is over, or there is none to take one."""
-        return len(self._accumulating) < max(1, len(optimizers(self._objects)))
+        return len(self._accumulating) < max(1, len(self._optimizers))
 
     def _signalled(self, name: str) -> None:
         """The loader's workers may have got the signal too, and be dead."""
@@ -752,7 +753,7 @@ class Run:
         self._rolled_back = None
         for module in modules(self._objects).values():
             module.zero_grad(set_to_none=True)
-        for optimizer in optimizers(self._objects).values():
+        for optimizer in self._optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 
     def on_rollback(self, listener: Callable[[RolledBack], object]) -> None:
