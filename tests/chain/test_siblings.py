@@ -77,6 +77,10 @@ class Meeting(MemoryStore):
         return super().put(key, parts)
 
 
+def look() -> None:
+    """Nobody waits."""
+
+
 def store_all(
     store: MemoryStore, state: Callable[[int], Captured], siblings: Siblings | None = None
 ) -> dict[int, Part | Exception]:
@@ -87,13 +91,13 @@ def store_all(
 
     def work(rank: int) -> None:
         writer = Writer(Chain(store), Lease(store, 1), encodings=Always(Encoding.RAW))
-        siblings.enter()
+        siblings.enter(look)
         try:
             found[rank] = writer.store_part(state(rank), rank, RANKS, partial(siblings.shares, "take 1"))
         except Exception as error:
             found[rank] = error
         finally:
-            siblings.leave()
+            siblings.leave(look)
 
     threads = [threading.Thread(target=work, args=(rank,), name=str(rank)) for rank in range(RANKS)]
     for thread in threads:
@@ -179,7 +183,7 @@ def test_nobody_waits_for_one_whose_waves_are_still_to_come() -> None:
     class Counting(Siblings):
         left = RANKS - 1
 
-        def leave(self) -> None:
+        def leave(self, look: Callable[[], None]) -> None:
             self.left -= 1
             if not self.left:
                 stored.set()
@@ -313,13 +317,13 @@ def test_cores_on_which_siblings_compute_are_not_lost_to_those_who_come() -> Non
 
 def test_packs_under_way_are_bounded_for_all_together() -> None:
     siblings = Siblings(lambda ours: 1)
-    siblings.enter()
+    siblings.enter(look)
     assert siblings.shares(1).held_bytes == HELD_BYTES
     for _ in range(15):
-        siblings.enter()
+        siblings.enter(look)
     assert siblings.shares(1).held_bytes * PACKS_AT_ONCE * 16 <= AIR_BYTES
     for _ in range(15):
-        siblings.leave()
+        siblings.leave(look)
     assert siblings.shares(1).held_bytes == HELD_BYTES
 
 
@@ -369,6 +373,22 @@ def test_a_pack_is_closed_when_it_holds_its_share() -> None:
     part = writer.store_part(state, 0, 1, lambda: Shares(1, held_bytes=1, common=None))
     assert len(list(store.list(keys.PACKS))) == 2 * FLOATS * 4 // GRID_BYTES
     assert part.new_bytes == FLOATS * 8
+
+
+def test_who_waits_is_told_when_all_have_told_of_their_part() -> None:
+    siblings = Siblings(lambda ours: 1)
+    told: list[int] = []
+    first, second = (lambda: told.append(1)), (lambda: told.append(2))
+    siblings.enter(first)
+    siblings.enter(second)
+    siblings.finished("take 1")
+    siblings.finished("take 2")
+    assert told == []
+    siblings.finished("take 1")
+    assert told == [1, 2]
+    siblings.leave(second)
+    siblings.finished("take 3")
+    assert told == [1, 2, 1]
 
 
 def test_a_single_writer_shares_with_nobody() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,12 +12,15 @@ from handing import DEADLINE_S, GRID_BYTES, assert_joined, hand_over, job_of, la
 from everstep.chain import parts
 from everstep.chain.history import Chain
 from everstep.chain.lease import Lease
+from everstep.chain.siblings import Siblings
 from everstep.errors import Fenced, Unavailable
 from everstep.format import keys
 from everstep.keeper import joining
+from everstep.keeper.arena import Arena, allocated
 from everstep.keeper.base import Job, Outcome, Terms
+from everstep.keeper.keeping import Given, Keeping
 from everstep.keeper.thread import ThreadKeeper
-from everstep.store.base import Buffer
+from everstep.store.base import Buffer, Entry
 from everstep.store.memory import MemoryStore
 
 RANKS = 3
@@ -355,3 +359,38 @@ def test_hurry_that_is_over_before_the_wait_begins(store: Held) -> None:
     waiting.now += joining.HURRY_S
     waiting.put()
     waiting.assert_given_up()
+
+
+def test_rank_0_looks_for_parts_when_those_beside_it_are_there(
+    store: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "FIRST_WAIT_S", 10 * DEADLINE_S)
+    lease, siblings = Lease.take(store), Siblings()
+    told: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+    terms = [Terms("main", lease.number, "", "all", rank=rank, ranks=2) for rank in range(2)]
+    keepings = [Keeping(Chain(store), one, pytest.fail, siblings=siblings) for one in terms]
+    listed = threading.Event()
+    list_all = store.list
+
+    def listing(prefix: str = "", limit: int | None = None) -> Iterator[Entry]:
+        found = list(list_all(prefix, limit))
+        if prefix.startswith(keys.PARTS):
+            listed.set()
+        return iter(found)
+
+    monkeypatch.setattr(store, "list", listing)
+    for rank, keeping in enumerate(keepings):
+        layout = laid_of(rank, 2)
+        given = Given(job_of(10, layout, take=1), lambda arena: None)
+        arena = Arena.mapped(allocated(layout.arena_bytes))
+        arena.memory[: layout.arena_bytes] = state(10, layout)
+        given.wave(arena, 0, layout.arena_bytes, frozenset())
+        given.end()
+        keeping.store(given, told.put)
+        assert listed.wait(DEADLINE_S), "rank 0 has looked in vain"
+    outcomes = [told.get(timeout=DEADLINE_S) for _ in range(2)]
+    assert [outcome.error for outcome in outcomes] == [None, None]
+    assert_joined(store, [10], 2)
+    for keeping in keepings:
+        keeping.close()
+    lease.release()

@@ -2,14 +2,17 @@
 
 They store at the same instants. So together they compute on no more cores than are idle, hold no more memory
 for encoded chunks than one might, put no more packs at a time than a store can take, know how fast that is
-for all of them, and store a chunk that several have once.
+for all of them, and store a chunk that several have once. And rank 0, which waits for the parts of the
+others, looks for them when those of this process are there.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from everstep.chain.common import Common
 from everstep.chain.lanes import Air, idle_cores
@@ -22,7 +25,7 @@ AIR_BYTES = 256 * 1024 * 1024
 """So much memory of their own all writers may hold together, for the encoded chunks of packs under way."""
 
 TAKES = 2
-"""What was stored for older takes is not shared any more."""
+"""What was stored for older takes is not shared any more, nor is who waits for one of them told."""
 
 
 class Siblings:
@@ -35,22 +38,35 @@ class Siblings:
     def __init__(self, idle: Callable[[int], int] = idle_cores) -> None:
         self._idle = idle
         self._changed = threading.Condition()
-        self._writers = 0
+        self._writers: list[Callable[[], None]] = []
+        """What each is told by."""
         self._writes = 0
         self._limit = 1
         self._computing = 0
         self._air = Air(limit=AIR_PACKS)
         self._takes: dict[object, Common] = {}
+        self._finished: Counter[object] = Counter()
+        """How many have no more to do for a take."""
 
-    def enter(self) -> None:
-        """There is one writer more."""
+    def enter(self, look: Callable[[], None]) -> None:
+        """There is one writer more. `look` is called when all of them have told of their part of a take, or
+        that they have none. It must not block."""
         with self._changed:
-            self._writers += 1
+            self._writers.append(look)
 
-    def leave(self) -> None:
+    def leave(self, look: Callable[[], None]) -> None:
         """And one less."""
         with self._changed:
-            self._writers -= 1
+            self._writers.remove(look)
+
+    def finished(self, take: object) -> None:
+        """A writer has told of its part of a take, or that it has none."""
+        with self._changed:
+            self._finished[take] += 1
+            _keep_newest(self._finished)
+            told = list(self._writers) if self._finished[take] >= len(self._writers) else []
+        for look in told:
+            look()
 
     def shares(self, take: object) -> Shares:
         """What a writer has that begins to store its part of a take now. Who begins while no other stores
@@ -62,7 +78,7 @@ class Siblings:
             self._limit = max(limit, self._limit) if self._writes else limit
             self._writes += 1
             self._changed.notify_all()
-            held_bytes = min(HELD_BYTES, AIR_BYTES // (PACKS_AT_ONCE * max(self._writers, 1)))
+            held_bytes = min(HELD_BYTES, AIR_BYTES // (PACKS_AT_ONCE * max(len(self._writers), 1)))
             return Shares(self._limit, held_bytes, self._core, self._air, self._common(take), self._done)
 
     def _done(self) -> None:
@@ -71,8 +87,7 @@ class Siblings:
 
     def _common(self, take: object) -> Common:
         found = self._takes.setdefault(take, Common())
-        while len(self._takes) > TAKES:
-            del self._takes[next(iter(self._takes))]
+        _keep_newest(self._takes)
         return found
 
     @contextmanager
@@ -87,3 +102,8 @@ class Siblings:
             with self._changed:
                 self._computing -= 1
                 self._changed.notify()
+
+
+def _keep_newest(takes: dict[object, Any]) -> None:
+    while len(takes) > TAKES:
+        del takes[next(iter(takes))]

@@ -46,8 +46,9 @@ class Joining:
         self._ranks = ranks
         self._deadline_s = deadline_s
         self._clock = clock
-        self._hurried = threading.Event()
+        self._hurried = False
         self._until = 0.0
+        self._look = threading.Event()
         self._wanted: queue.SimpleQueue[_Wanted | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -61,9 +62,14 @@ class Joining:
 
     def hurry(self) -> None:
         """Somebody waits for this rank: from now on the others are not waited for as long as usual."""
-        if not self._hurried.is_set():
+        if not self._hurried:
             self._until = self._clock() + HURRY_S
-            self._hurried.set()
+            self._hurried = True
+            self._look.set()
+
+    def look(self) -> None:
+        """Look for parts now: those of this machine are there."""
+        self._look.set()
 
     def close(self) -> None:
         """End. Only when nothing is waited for any more."""
@@ -98,11 +104,13 @@ class Joining:
     @property
     def _is_over(self) -> bool:
         """Whether there was hurry for long enough."""
-        return self._hurried.is_set() and self._clock() >= self._until
+        return self._hurried and self._clock() >= self._until
 
     def _wait(self, seconds: float) -> None:
-        if self._hurried.wait(seconds):
-            time.sleep(min(seconds, max(self._until - self._clock(), 0.0)))
+        if self._hurried:
+            seconds = min(seconds, max(self._until - self._clock(), 0.0))
+        if self._look.wait(seconds):
+            self._look.clear()
 
 
 class _Clock:

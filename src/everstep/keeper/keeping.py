@@ -207,7 +207,7 @@ class Keeping:
         if terms.part or (terms.parent and not terms.fresh):
             self._build_on(terms.parent)
         if siblings is not None:
-            siblings.enter()
+            siblings.enter(self._joining.look)
 
     def _build_on(self, snapshot: str) -> None:
         """The run has just restored it, so its chunks are good. Or this rank has stored a part meanwhile."""
@@ -280,6 +280,9 @@ class Keeping:
             if rank:
                 self._withdraw(job, error)
             raise
+        finally:
+            if self._siblings is not None:
+                self._siblings.finished(self._take(job))
 
     def _announce(self, job: Job, part: Part) -> Part:
         try:
@@ -334,7 +337,7 @@ class Keeping:
         """End. Only when nothing is under way."""
         self._joining.close()
         if self._siblings is not None:
-            self._siblings.leave()
+            self._siblings.leave(self._joining.look)
 
     # -- before and after -----------------------------------------------------------------------------------
 
