@@ -91,7 +91,7 @@ class Packs:
     """The same bytes for both, in memory as the keeper has them; each turn leaves nothing behind.
 
     Attributes:
-        bare: what is compared with; `put_bare`, `get_bare` and `delete` are its.
+        bare: what is compared with; `put_bare` and `get_bare` are its.
     """
 
     bare = ""
@@ -175,11 +175,6 @@ class _Bucket(Packs):
         import obstore
 
         return len(obstore.get(self._bare, name).bytes())
-
-    def delete(self, names: list[str]) -> None:
-        import obstore
-
-        obstore.delete(self._bare, names)
 
 
 def _timed(action: Callable[[], object]) -> tuple[float, float]:
