@@ -38,7 +38,8 @@ def measure(setting: Setting) -> dict[str, Any]:
     missing = ceph.missing()
     if missing:
         return {"not measured": f"Ceph is not installed (no {', '.join(missing)}): make servers"}
-    count, pack_bytes = (8, 64 << 20) if setting.is_full else (2, 36 << 20)
+    # What is deleted stays in its memory for two hours, so all repetitions together must find room there.
+    count, pack_bytes = (4, 64 << 20) if setting.is_full else (2, 36 << 20)
     with _gateway() as store, _Bucket(store, count, pack_bytes) as packs:
         return rounds(setting, "objects", packs)
 
