@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from everstep.chain.history import Chain
+from everstep.run.signals import Signals
 
 pytestmark = pytest.mark.process
 
@@ -159,3 +161,83 @@ def test_a_signal_to_the_whole_group(tmp_path: Path, loop: str) -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert Chain(tmp_path / "run").find("head").step == 3
+
+
+LATE = """
+import os, sys
+import torch
+from torch.utils.data import DataLoader, Dataset
+import everstep
+from everstep.run import signals
+
+class Endless(Dataset):
+    def __len__(self):
+        return 1 << 20
+    def __getitem__(self, index):
+        return torch.tensor(float(index))
+
+signals.GROUP_S = float(sys.argv[2])
+loader = DataLoader(Endless(), 2, num_workers=1)
+run = everstep.open(sys.argv[1], history=[], every=None, data=loader)
+for batch in run.steps():
+    if run.step == 1:
+        print(torch.multiprocessing.active_children()[0].pid, flush=True)
+        sys.stdin.readline()
+    elif run.step == 2:
+        raise SystemExit("it went on")
+"""
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_worker_that_is_signalled_before_the_trainer(tmp_path: Path, follows: bool) -> None:
+    """Slurm and shells signal one process after the other. A worker that somebody kills alone is told of."""
+    script = tmp_path / "script.py"
+    script.write_text(LATE)
+    process = subprocess.Popen(
+        [sys.executable, script, tmp_path / "run", "600" if follows else "0.1"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        life = os.pidfd_open(worker)
+        os.kill(worker, signal.SIGTERM)
+        select.select([life], [], [])
+        if follows:
+            process.send_signal(signal.SIGTERM)
+        said = process.communicate("\n" if follows else None, timeout=120)[1]
+        assert process.returncode == (143 if follows else 1), said
+        assert ("is killed by signal: Terminated" in said) == (not follows)
+    finally:
+        process.kill()
+        process.communicate()
+    if follows:
+        assert Chain(tmp_path / "run").find("head").step == 2
+
+
+def test_the_handler_of_torch_is_back_when_the_run_is_over() -> None:
+    def handler(number: int, frame: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+
+    handler.__module__ = "torch.utils.data._utils.signal_handling"
+    before = signal.signal(signal.SIGCHLD, handler)
+    received: list[str] = []
+    signals = Signals(received.append)
+    signals.install()
+    try:
+        signals.look_after_workers()
+        signals.look_after_workers()
+        assert signal.getsignal(signal.SIGCHLD) is not handler
+        signals.remove()
+        assert signal.getsignal(signal.SIGCHLD) is handler
+        signals.install()
+        signals.look_after_workers()
+        os.kill(os.getpid(), signal.SIGCHLD)
+        assert received == ["SIGTERM"]
+    finally:
+        signals.remove()
+        signal.signal(signal.SIGCHLD, before)

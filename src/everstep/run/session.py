@@ -519,6 +519,7 @@ class Run:
             )
         self.log(**metrics)
         self._steps += 1
+        self._signals.look_after_workers()
         if self._track is not None:
             self._track.settle()
         else:
