@@ -64,14 +64,15 @@ def main(
 
 
 def _kill_often(chain: Path, steps: int, kills: int, dice: random.Random) -> None:
-    """Start the training again and again until it ends; the second kill hits a snapshot being written."""
+    """Start the training again and again until it ends; the second kill hits a snapshot being written, unless
+    they are written too fast for that."""
     hit = False
     for number in range(kills):
         # Each life gets its share of the steps that are left, and dies somewhere in it.
         done = _head_step(chain)
         share = max((steps - done) // (kills - number + 1), 2)
         if number == 1:
-            while not hit:
+            while not hit and _head_step(chain) < steps // 2:
                 hit = _train(chain, steps, _WhileWriting(chain, after=done + 1))
         else:
             life = dice.randint(min(EVERY + 2, share), share)
