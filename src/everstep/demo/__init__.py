@@ -183,11 +183,14 @@ def _train(chain: Path, steps: int, killer: _Never | _AtRandom | _WhileWriting) 
     listener = threading.Thread(target=life.listen, daemon=True)
     listener.start()
     deadline = time.monotonic() + _DEADLINE_S
+    written = False
     with _progress(steps) as show:
         while process.poll() is None:
             why = killer.now(life.step)
             if why or time.monotonic() > deadline:
                 os.killpg(process.pid, signal.SIGKILL)
+                # Looked at before it is waited for: the keeper lives on and finishes what it writes.
+                written = not _half_written(chain)
                 process.wait()
                 break
             show(life)
@@ -202,7 +205,7 @@ def _train(chain: Path, steps: int, killer: _Never | _AtRandom | _WhileWriting) 
         if process.returncode:
             raise SystemExit(f"the training ended with status {process.returncode}")
         return False
-    if isinstance(killer, _WhileWriting) and not _half_written(chain):
+    if isinstance(killer, _WhileWriting) and written:
         print(f"  kill -9 after step {life.step}, just too late for the snapshot; once more")
         return False
     print(f"  kill -9 after step {life.step}, {why}")
