@@ -82,9 +82,9 @@ VARIANTS = (
     Variant("large", 0, 3, 24_000),  # 75 MB: the keeper stores it while it is still being captured.
 )
 IN_TURN = (0, 2, 3, 1, 0, 3, 1)
+"""Spread evenly, so that a short campaign has all variants too."""
 SHORT = (0, 2, 1, 0, 1)
 """Without the large one, for campaigns of fewer than a hundred kills."""
-"""Spread evenly, so that a short campaign has all variants too."""
 
 
 class Noisy(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -681,13 +681,27 @@ class Campaign:
         self._check_reported(ran, where)
 
     def _check_reported(self, ran: Ran, where: str) -> None:
-        """All that was ever said to be durable is listed, unless so many newer ones are that it had to go."""
+        """All that was ever said to be durable is listed, unless so many newer ones are that it had to go.
+
+        Newer is what is of a later step, or of the same and first spoken of later: who is killed after the
+        last step takes that step again in the next life.
+        """
         there = ran.snapshots()
-        ids = {snapshot.id for snapshot in there}
-        for event in ran.events():
-            newer = sum(snapshot.step > event.get("step", 0) for snapshot in there)
-            if event["event"] == "taken" and event["snapshot"] not in ids and newer < ran.variant.keep:
-                self._violation(f"{ran.place.name}: lost after a kill ({where}): {event}")
+        events = ran.events()
+        first: dict[str, int] = {}
+        for at, event in enumerate(events):
+            first.setdefault(event.get("snapshot", ""), at)
+        for event in events:
+            id = event.get("snapshot", "")
+            if event["event"] != "taken" or any(one.id == id for one in there):
+                continue
+            newer = sum(
+                one.step > event["step"] or (one.step == event["step"] and first.get(one.id, -1) > first[id])
+                for one in there
+            )
+            if newer < ran.variant.keep:
+                listed = [(one.step, one.id) for one in there]
+                self._violation(f"{ran.place.name}: lost after a kill ({where}): {event}; listed: {listed}")
 
     # -- the end of a run -------------------------------------------------------------------------------
 

@@ -77,6 +77,14 @@ def start(path: Path) -> Iterator[Callable[..., Ranks]]:
         run.kill()
 
 
+def assert_each_gets_its_own_back(path: Path, heirs: Ranks) -> None:
+    """What was handed over of step 20 has become durable, and each rank has it in memory, and step 10."""
+    held = heirs.held()
+    assert_joined(path, [20, 10], RANKS)
+    for found in held:
+        assert [(one["step"], one["same"]) for one in found] == [(20, True), (10, True)]
+
+
 def outcomes(trainer: Trainer) -> list[tuple[int, str]]:
     return [(step, error) for step, error in trainer.do("wait")]
 
@@ -163,12 +171,9 @@ def test_what_was_handed_over_outlives_all_and_each_gets_its_own_back(
     run.kill()
     os.kill(status.pid, signal.SIGCONT)
     heirs = start()
-    held = heirs.held()
-    assert_joined(path, [20, 10], RANKS)
+    assert_each_gets_its_own_back(path, heirs)
     manifests = Chain(path).manifests(next(Chain(path).snapshots()))
     assert len(manifests) == RANKS
-    for found in held:
-        assert [(one["step"], one["same"]) for one in found] == [(20, True), (10, True)]
     assert living()[0].pid == status.pid
     # Whatever they read of the store, the keeper reads once for all.
     restored = heirs.ask("restore")
@@ -209,10 +214,7 @@ def test_ranks_that_leave_the_keeper_with_what_it_has_lose_nothing(
     assert_joined(path, [10], RANKS)
     os.kill(status.pid, signal.SIGCONT)
     heirs = start()  # The processes that have left live on.
-    held = heirs.held()
-    assert_joined(path, [20, 10], RANKS)
-    for found in held:
-        assert [(one["step"], one["same"]) for one in found] == [(20, True), (10, True)]
+    assert_each_gets_its_own_back(path, heirs)
 
 
 def test_a_rank_that_closes_does_not_wait_for_the_others(path: Path, start: Callable[..., Ranks]) -> None:

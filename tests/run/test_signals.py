@@ -206,6 +206,7 @@ def test_a_worker_that_is_signalled_before_the_trainer(tmp_path: Path, follows: 
         life = os.pidfd_open(worker)
         os.kill(worker, signal.SIGTERM)
         select.select([life], [], [])
+        os.close(life)
         if follows:
             process.send_signal(signal.SIGTERM)
         said = process.communicate("\n" if follows else None, timeout=120)[1]
