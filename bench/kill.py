@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import wraps
@@ -155,6 +155,29 @@ def warm_up() -> None:
     model(torch.zeros(1, 1)).sum().backward()
     optimizer.step()
     torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+
+
+def lost(events: list[dict[str, Any]], there: Sequence[Snapshot], keep: float) -> Iterator[dict[str, Any]]:
+    """What trainings said to be durable and is not listed, though fewer than `keep` newer snapshots are.
+
+    Newer is what is of a later step, or of the same and first spoken of later: who is killed after the last
+    step takes that step again in the next life.
+
+    Args:
+        events: all that they said, in this order.
+        there: what is listed.
+    """
+    first: dict[str, int] = {}
+    for at, event in enumerate(events):
+        first.setdefault(event.get("snapshot", ""), at)
+    ids = {one.id for one in there}
+    for event in events:
+        if event["event"] != "taken" or event["snapshot"] in ids:
+            continue
+        step, told = event["step"], first[event["snapshot"]]
+        newer = sum(one.step > step or (one.step == step and first.get(one.id, -1) > told) for one in there)
+        if newer < keep:
+            yield event
 
 
 # -- where a kill falls --------------------------------------------------------------------------------
@@ -681,27 +704,10 @@ class Campaign:
         self._check_reported(ran, where)
 
     def _check_reported(self, ran: Ran, where: str) -> None:
-        """All that was ever said to be durable is listed, unless so many newer ones are that it had to go.
-
-        Newer is what is of a later step, or of the same and first spoken of later: who is killed after the
-        last step takes that step again in the next life.
-        """
         there = ran.snapshots()
-        events = ran.events()
-        first: dict[str, int] = {}
-        for at, event in enumerate(events):
-            first.setdefault(event.get("snapshot", ""), at)
-        for event in events:
-            id = event.get("snapshot", "")
-            if event["event"] != "taken" or any(one.id == id for one in there):
-                continue
-            newer = sum(
-                one.step > event["step"] or (one.step == event["step"] and first.get(one.id, -1) > first[id])
-                for one in there
-            )
-            if newer < ran.variant.keep:
-                listed = [(one.step, one.id) for one in there]
-                self._violation(f"{ran.place.name}: lost after a kill ({where}): {event}; listed: {listed}")
+        for event in lost(ran.events(), there, ran.variant.keep):
+            listed = [(one.step, one.id) for one in there]
+            self._violation(f"{ran.place.name}: lost after a kill ({where}): {event}; listed: {listed}")
 
     # -- the end of a run -------------------------------------------------------------------------------
 
