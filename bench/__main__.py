@@ -50,8 +50,6 @@ def main(arguments: list[str] | None = None) -> int:
     results = chosen.results or (BENCH / "results" if chosen.size == "full" else chosen.directory / "results")
     results.mkdir(parents=True, exist_ok=True)
     chosen.directory.mkdir(parents=True, exist_ok=True)
-    # What was started is ended on the way out, also when somebody asks for that.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     facts = {"run": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": machine()}
     for name in chosen.only or SCENARIOS:
         _measure(name, chosen, results, facts)
@@ -79,4 +77,6 @@ def _measure(name: str, chosen: argparse.Namespace, results: Path, facts: dict[s
 
 
 if __name__ == "__main__":
+    # What was started is ended on the way out, also when somebody asks for that.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     raise SystemExit(main())

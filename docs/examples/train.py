@@ -1,4 +1,4 @@
-"""A training of any number of ranks: the same command goes on after a kill, with as many ranks or with others.
+"""A training of any number of ranks: the same command goes on after a kill, with as many ranks or others.
 
 torchrun --nproc-per-node 4 train.py runs/gpt
 """
