@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from bench import __main__ as bench
-from bench import overlap, report, storage
+from bench import niceness, overlap, report, storage
 from bench.bars import BARS, Bar
 from bench.kill import wait_until
 from bench.processes import Peak, Tree
@@ -62,7 +62,8 @@ def test_packs_to_and_from_hdfs(tmp_path: Path) -> None:
     assert "## Packs to and from HDFS" in (tmp_path / "results/README.md").read_text()
 
 
-def test_each_niceness_is_measured(tmp_path: Path) -> None:
+def test_each_niceness_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(niceness, "NICENESSES", (10, 19))
     measured("niceness", tmp_path)
     text = (tmp_path / "results/README.md").read_text()
     assert "| 10 (chosen) | " in text
@@ -89,7 +90,9 @@ def test_overlap_measures_who_is_there_and_names_who_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = (OURS, DCP_BEST[0], TORCH_SAVE)
-    monkeypatch.setattr(overlap, "GROUPS", {"gpt2": [group], "third_gpt2": [(OURS,)]})
+    absent = {"safetensors": "not installed (pip install it)"}
+    monkeypatch.setattr(overlap, "GROUPS", {"gpt2": [(*group, *absent)], "third_gpt2": [(OURS,)]})
+    monkeypatch.setattr(overlap, "missing", lambda name: absent.get(name, ""))
     found = measured("overlap", tmp_path)
     for bar, figure in reached("overlap", found).items():
         assert figure is not None, bar
@@ -99,6 +102,7 @@ def test_overlap_measures_who_is_there_and_names_who_is_not(
     assert gpt2["systems"].keys() == set(group)
     text = (tmp_path / "results/README.md").read_text()
     assert all(f"| {name}" in text for name in group)
+    assert "| safetensors | not installed (pip install it) |" in text
 
 
 @pytest.mark.parametrize("name", [name for name in SYSTEMS if name not in (OURS, DCP_BEST[0], TORCH_SAVE)])
@@ -124,16 +128,6 @@ def test_a_system_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
         Trainer("many_tensors", "no such system", tmp_path / "place", "small", 0) as trainer,
     ):
         trainer.tell("begin")
-
-
-def test_a_missing_system_is_told_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        overlap, "missing", lambda name: "" if name == OURS else "not installed (pip install it)"
-    )
-    monkeypatch.setattr(overlap, "GROUPS", {"gpt2": [(OURS, "safetensors")], "third_gpt2": [(OURS,)]})
-    measured("overlap", tmp_path)
-    text = (tmp_path / "results/README.md").read_text()
-    assert "| safetensors | not installed (pip install it) |" in text
 
 
 HELD_BYTES = 128 << 20

@@ -183,18 +183,16 @@ class TestProcesses:
         id = job.take()
         taken = Chain(job.repo).snapshot(id)
         assert len(taken.record.manifests) == 3
+        three = job.all("digest")
+        assert len({one[1] for one in three}) == 1
+        assert len({one[2] for one in three}) == 3, "generators of their own"
         assert job.all("close") == [["closed"]] * 3
         last = Chain(job.repo).find("head")
         assert verify(Chain(job.repo)).findings == []
         job.end()
         # With as many: exactly where each was.
         assert job.start(3) == [last.step] * 3
-        three = job.all("digest")
-        assert len({one[1] for one in three}) == 1
-        assert len({one[2] for one in three}) == 3, "generators of their own"
-        job.end()
-        assert job.start(3) == [last.step] * 3
-        assert job.all("digest") == three, "the same again"
+        assert job.all("digest") == three
         job.end()
         # With fewer, with one, with more.
         for ranks in (2, 1, 4):
@@ -343,35 +341,19 @@ def test_a_store_that_hangs_costs_snapshots_and_no_step(
     assert verify(chain).findings == []
 
 
-@pytest.fixture
-def found() -> ranks_kill.Found:
-    return ranks_kill.Found()
-
-
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_killed_trainings_under_torchrun_end_as_if_nothing_had_happened(
-    kind: str, found: ranks_kill.Found
-) -> None:
-    dice = random.Random(1)
+def test_killed_trainings_under_torchrun_end_as_if_nothing_had_happened(kind: str) -> None:
+    dice, found = random.Random(1), ranks_kill.Found()
     reference = ranks_kill.campaign(kind, [2], [], dice, found, None)
-    ranks_kill.campaign(kind, [2], ["all"], dice, found, reference)
+    # After the first of them torchrun starts the ranks again by itself.
+    ranks_kill.campaign(kind, [2], ["one rank", "all"], dice, found, reference, restarts=True)
+    assert found.starts == {f"{kind} 2": 3}
     ranks_kill.campaign(kind, [2, 1], ["one rank"], dice, found, None)
     assert found.wrong == []
     assert found.finished == 3
-    assert found.kills.total() == 2
-
-
-@pytest.mark.process
-@pytest.mark.slow
-def test_torchrun_starts_the_ranks_again_by_itself(found: ranks_kill.Found) -> None:
-    dice = random.Random(2)
-    reference = ranks_kill.campaign("ddp", [2], [], dice, found, None)
-    ranks_kill.campaign("ddp", [2], ["one rank"], dice, found, reference, restarts=True)
-    assert found.wrong == []
-    assert found.kills == {"one rank": 1}
-    assert found.starts == {"ddp 2": 2}, "each torchrun came to the end"
+    assert found.kills == {"one rank": 2, "all": 1}
 
 
 def test_the_example_for_slurm_is_a_script() -> None:
