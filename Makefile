@@ -27,15 +27,15 @@ demo: $(READY)
 	@$(BIN)/python -m everstep.demo
 
 check: $(READY)
-	$(BIN)/ruff format --check src tests bench
-	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench docs/examples
+	$(BIN)/ruff check src tests bench docs/examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	QUICK=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not process'
 
 test: $(READY)
-	$(BIN)/ruff format --check src tests bench
-	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench docs/examples
+	$(BIN)/ruff check src tests bench docs/examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -n 2 --dist worksteal

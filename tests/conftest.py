@@ -38,6 +38,9 @@ def _a_world_of_its_own() -> Iterator[None]:
         patch.setenv("XDG_STATE_HOME", f"{directory}/state")
         # A process for each of a thousand runs takes its time; the tests of the keeper process ask for one.
         patch.setenv("EVERSTEP_KEEPER", "thread")
+        # Torch's stores ask for the name of every address that connects, and a name server that does not
+        # answer costs 5 s each time.
+        patch.setenv("RES_OPTIONS", "timeout:1 attempts:1")
         yield
 
 

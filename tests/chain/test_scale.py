@@ -97,9 +97,9 @@ def test_listing_the_newest_reads_no_more_than_those(long: Path, capsys: pytest.
     store = FaultyStore(LocalStore(long), verbs=READS)
     assert len(list(islice(Chain(store).snapshots(), 20))) == 20
     assert store.count == 2 + 2 * 20
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert main(["-r", str(long), "log", "-n", "20"]) == 0
-    assert time.perf_counter() - begun < 5.0
+    assert time.process_time() - begun < 5.0
     assert len(capsys.readouterr().out.splitlines()) == 21
 
 
