@@ -359,13 +359,14 @@ def kill(pid: int) -> None:
 
 
 def keepers(directory: Path) -> list[int]:
-    """The keepers of chains in a directory, also those that only start or end."""
-    word = f"{directory}/".encode()
+    """The keepers that live in a directory or keep a chain in it, also those that only start or end."""
+    path = f"{directory}/".encode()
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):
             words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-            if len(words) > 5 and words[5].startswith(word) and not _is_dead(int(name)):
+            place_and_chain = words[4:6] if words[1:3] == [b"-I", b"-c"] else []
+            if any(word.startswith(path) for word in place_and_chain) and not _is_dead(int(name)):
                 found.append(int(name))
     return found
 

@@ -132,12 +132,8 @@ def test_what_came_from_another_chain_is_stored_before_a_run_ends(tmp_path: Path
 
 
 @pytest.mark.process
-def test_the_keeper_process_records_where_it_came_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EVERSTEP_KEEPER", "process")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    tmp_path.chmod(0o700)
+@pytest.mark.usefixtures("runtime")
+def test_the_keeper_process_records_where_it_came_from(tmp_path: Path) -> None:
     Training().train(tmp_path / "a", 6).close()
     Training().train(tmp_path / "b", 10, start=f"{tmp_path / 'a'}@head").close()
     found = [one.record.origin for one in Chain(tmp_path / "b").snapshots()]
@@ -501,10 +497,8 @@ def test_plain_values_and_gradients_after_a_rollback(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_a_rollback_with_a_keeper_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EVERSTEP_KEEPER", "process")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    tmp_path.chmod(0o700)
+@pytest.mark.usefixtures("runtime")
+def test_a_rollback_with_a_keeper_process(tmp_path: Path) -> None:
     Training().train(tmp_path / "whole", 10).close()
     training = Training()
     run = training.train(tmp_path / "a", 8)

@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -31,22 +30,9 @@ from everstep.keeper.protocol import Status
 from everstep.run.session import Run
 from everstep.run.settings import Settings
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("runtime")]
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
-
-
-@pytest.fixture(autouse=True)
-def _runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Keepers of a test live in a directory of its own, and none outlives it."""
-    directory = tmp_path / "runtime"
-    directory.mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(directory))
-    monkeypatch.setattr(tempfile, "tempdir", str(directory))  # Where others' keepers are not seen.
-    monkeypatch.setenv("EVERSTEP_KEEPER", "process")
-    yield
-    for pid in keepers(tmp_path):
-        os.kill(pid, signal.SIGKILL)
 
 
 class Training:

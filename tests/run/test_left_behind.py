@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -51,16 +50,9 @@ ENDS = {
 """The last lines of a training, and the status that it ends with."""
 
 
-@pytest.fixture(name="runtime", autouse=True)
-def _runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    directory = tmp_path / "runtime"
-    directory.mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(directory))
-    monkeypatch.setenv("EVERSTEP_KEEPER", "process")
+@pytest.fixture(autouse=True)
+def _for_a_short_time(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVERSTEP_KEEPER_LINGER", "0.2")
-    yield directory / "everstep"
-    for pid in keepers(tmp_path):
-        os.kill(pid, signal.SIGKILL)
 
 
 def begin(path: Path, end: str) -> subprocess.Popen[str]:

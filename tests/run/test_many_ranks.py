@@ -20,7 +20,6 @@ from bench import ranks_kill
 
 from everstep.chain.history import Chain
 from everstep.chain.verify import verify
-from everstep.keeper.client import living
 from servers.fault_proxy import FaultProxy
 from servers.fixtures import Bucket
 from servers.running import S3
@@ -161,17 +160,11 @@ class Job:
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
-    directory = tmp_path / "runtime"
-    directory.mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(directory))
-    monkeypatch.setenv("EVERSTEP_KEEPER", "process")
+def job(tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     monkeypatch.setenv("EVERSTEP_KEEPER_LINGER", "30")
     made = Job(tmp_path / "chain")
     yield made
     made.end()
-    for status in living():
-        os.kill(status.pid, signal.SIGKILL)
 
 
 @pytest.mark.process

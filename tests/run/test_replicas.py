@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -277,22 +277,14 @@ print("done", flush=True)
 
 
 @pytest.fixture
-def _processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    directory = tmp_path / "runtime"
-    directory.mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(directory))
-    monkeypatch.setenv("EVERSTEP_KEEPER", "process")
+def _processes(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVERSTEP_KEEPER_LINGER", "20")
-    yield
-    for pid in keepers(tmp_path):
-        os.kill(pid, signal.SIGKILL)
 
 
-def started(tmp_path: Path, until: int, here: Path, there: Path) -> subprocess.Popen[str]:
+def started(until: int, here: Path, there: Path) -> subprocess.Popen[str]:
     script = SCRIPT.format(tests=str(SOURCE / "tests"))
-    # Relative: what has such a path in its arguments is taken for a keeper.
-    command = [sys.executable, "-c", script, str(until), here.name, there.name]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    command = [sys.executable, "-c", script, str(until), str(here), str(there)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def until_step(process: subprocess.Popen[str], step: int) -> None:
@@ -308,10 +300,10 @@ def until_step(process: subprocess.Popen[str], step: int) -> None:
 @pytest.mark.usefixtures("_processes")
 @pytest.mark.parametrize("keeper", ["lives", "dies"])
 def test_a_killed_run_whose_disk_is_lost_ends_as_if_nothing_had_happened(tmp_path: Path, keeper: str) -> None:
-    whole = started(tmp_path, 24, tmp_path / "whole", tmp_path / "whole-there")
+    whole = started(24, tmp_path / "whole", tmp_path / "whole-there")
     assert whole.wait(300) == 0
     here, there = tmp_path / "here", tmp_path / "there"
-    killed = started(tmp_path, 24, here, there)
+    killed = started(24, here, there)
     until_step(killed, 10)
     killed.kill()
     killed.wait(60)
@@ -322,7 +314,7 @@ def test_a_killed_run_whose_disk_is_lost_ends_as_if_nothing_had_happened(tmp_pat
         # It has stored all that it was given: what it writes later would begin the directory anew.
         assert wait_until(lambda: any(status.held for status in living()))
     shutil.rmtree(here)
-    again = started(tmp_path, 24, here, there)
+    again = started(24, here, there)
     out, _ = again.communicate(timeout=300)
     assert again.returncode == 0
     resumed = int(out.splitlines()[0].split()[1])
@@ -361,7 +353,7 @@ def test_a_replica_in_a_bucket(
 @pytest.mark.usefixtures("_processes")
 def test_a_keeper_that_is_killed_while_it_follows(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
-    trained = started(tmp_path, 30, here, there)
+    trained = started(30, here, there)
     for step in (3, 7, 9, 14):
         until_step(trained, step)
         for pid in keepers(tmp_path):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +23,8 @@ from servers.fixtures import Bucket
 
 
 @pytest.fixture(autouse=True)
-def _runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Keepers of a test live in a directory of its own, and none outlives it."""
-    (tmp_path / "runtime").mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
+def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    yield
-    for pid in keepers(tmp_path):
-        os.kill(pid, signal.SIGKILL)
 
 
 class Training:
@@ -78,10 +69,8 @@ def damage(store: Store, key: str) -> None:
 
 
 @pytest.mark.process
-def test_a_run_is_told_of_damage_while_it_trains(
-    repo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EVERSTEP_KEEPER", "process")
+@pytest.mark.usefixtures("runtime")
+def test_a_run_is_told_of_damage_while_it_trains(repo: str, tmp_path: Path) -> None:
     first = Training(repo)
     first.steps(3)
     first.run.close()
