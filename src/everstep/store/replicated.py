@@ -29,7 +29,9 @@ class Copied(Protocol):
 
 def copies_of(store: Store) -> Sequence[Store]:
     """Where the objects of a store lie: in itself, unless it is `Copied`."""
-    return store.copies if isinstance(store, Copied) else (store,)
+    # Not `isinstance`: this is asked for every object that is read, and Python takes its time for a Protocol.
+    copies: Sequence[Store] | None = getattr(store, "copies", None)
+    return (store,) if copies is None else copies
 
 
 class ReplicatedStore:
