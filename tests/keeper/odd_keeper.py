@@ -1,6 +1,8 @@
 """A keeper process whose file system has a fault, for tests that need one at a known place.
 
-Run as `python odd_keeper.py PLACE CHAIN FAULT [ARGUMENT ...]`; it is a keeper as any other but for that.
+Run as `python odd_keeper.py PLACE CHAIN FAULT [ARGUMENT ...]`; it is a keeper as any other but for that. Run
+without arguments it forks such a keeper for each line of them on its standard input, and says how it ended:
+where a test needs many, they are imported once.
 
     dies NUMBER         SIGKILL to itself right after its file operation of this number, counted from 0
     waits FIFO FIFO     before the first file is written it opens the first FIFO to write and the second to
@@ -109,8 +111,7 @@ class Full(Counted):
 FAULTS = {"dies": Dying, "waits": Waiting, "full": Full}
 
 
-def main() -> None:
-    place, path, fault, *arguments = sys.argv[1:]
+def main(place: str, path: str, fault: str, *arguments: str) -> None:
     files = SystemFiles()
     if fault == "version":
         protocol.VERSION = arguments[0]
@@ -130,5 +131,14 @@ def main() -> None:
     lock.release()
 
 
+def fork_each() -> None:
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            main(*line.split())
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:]) if sys.argv[1:] else fork_each()

@@ -620,34 +620,43 @@ def test_a_dead_trainer_s_last_snapshot_is_tried_once_more_when_the_next_trainer
 
 
 @pytest.mark.slow
-def test_a_keeper_that_dies_at_any_file_operation_loses_nothing_and_does_nothing_twice(
-    path: Path, odd_keeper: Callable[..., subprocess.Popen[str]]
-) -> None:
+def test_a_keeper_that_dies_at_any_file_operation_loses_nothing_and_does_nothing_twice(path: Path) -> None:
     """Two snapshots, the first pruned again; the keeper dies at every operation that this takes."""
-    at = 0
-    while True:
-        process = odd_keeper("dies", at)
-        told = Told()
-        keeper = told.keeper(path)
-        keeper.held()
-        lease = begun(keeper, Chain(path), keep="last 1")
-        for step in (1, 2):
-            hand_over(keeper, step)
-        assert keeper.wait(DEADLINE_S)
-        keeper.close()
-        lease.release()
-        assert [(one.job.facts.step, one.error) for one in told.outcomes] == [(1, None), (2, None)]
-        assert_stored(path, [2])
-        parents = [one.snapshot.record.parents for one in told.outcomes if one.snapshot]
-        ids = [one.snapshot.id for one in told.outcomes if one.snapshot]
-        assert parents == [(), (ids[0],)]
-        assert not verify(Chain(path)).findings
-        assert keeper.deaths == (process.wait() == -signal.SIGKILL)
-        if not keeper.deaths:
-            break
-        shutil.rmtree(path)
-        Chain.create(path, GRID_BYTES)
-        at += 1
+    with subprocess.Popen(
+        [sys.executable, str(HERE / "odd_keeper.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        text=True,
+    ) as odd_keepers:
+        assert odd_keepers.stdin is not None
+        assert odd_keepers.stdout is not None
+        at = 0
+        while True:
+            odd_keepers.stdin.write(f"{places(Chain(path))[0].path} {path} dies {at}\n")
+            odd_keepers.stdin.flush()
+            assert odd_keepers.stdout.readline() == "listening\n"
+            told = Told()
+            keeper = told.keeper(path)
+            keeper.held()
+            lease = begun(keeper, Chain(path), keep="last 1")
+            for step in (1, 2):
+                hand_over(keeper, step)
+            assert keeper.wait(DEADLINE_S)
+            keeper.close()
+            lease.release()
+            assert [(one.job.facts.step, one.error) for one in told.outcomes] == [(1, None), (2, None)]
+            assert_stored(path, [2])
+            parents = [one.snapshot.record.parents for one in told.outcomes if one.snapshot]
+            ids = [one.snapshot.id for one in told.outcomes if one.snapshot]
+            assert parents == [(), (ids[0],)]
+            assert not verify(Chain(path)).findings
+            assert keeper.deaths == (int(odd_keepers.stdout.readline()) == -signal.SIGKILL)
+            if not keeper.deaths:
+                break
+            shutil.rmtree(path)
+            Chain.create(path, GRID_BYTES)
+            at += 1
     assert at > 20
 
 

@@ -7,7 +7,7 @@ import heapq
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar
 
 from everstep.errors import NotFound, Unavailable
 from everstep.store.base import Buffer, Entry, Store
@@ -18,7 +18,6 @@ AWAY_S = 30.0
 Result = TypeVar("Result")
 
 
-@runtime_checkable
 class Copied(Protocol):
     """A store whose objects lie in several places; who finds a copy damaged asks the next."""
 
