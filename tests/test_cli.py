@@ -542,22 +542,38 @@ def test_all_that_reads_works_where_neither_torch_nor_numpy_is(repo, tmp_path):
     }  # fmt: skip
 
 
+OF_PYTHON = "import asyncio, http.client, logging, multiprocessing, pydoc, tarfile, unittest, xml.dom.minidom"
+"""Some of Python's own modules: 0.1 s of processor time where a command starts within 0.3 s."""
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("arguments", [["--help"], ["log"]], ids=" ".join)
-def test_a_command_starts_within_300_ms_of_processor_time(repo, arguments):
-    """The best of several: a machine that is busy makes each start slower, and none faster."""
-    env = {**os.environ, "PYTHONPATH": SOURCE, "EVERSTEP_REPO": str(repo)}
-    best = float("inf")
-    for _ in range(20):
+def test_a_command_starts_within_three_times_what_python_takes(repo, tmp_path, arguments):
+    """The best of several, in turn: a busy or slow machine makes each start slower, and both alike. What the
+    first compiles is no part of it, and whoever runs this may have forbidden Python to keep it."""
+    env = {
+        **os.environ,
+        "PYTHONPATH": SOURCE,
+        "EVERSTEP_REPO": str(repo),
+        "PYTHONDONTWRITEBYTECODE": "",
+        "PYTHONPYCACHEPREFIX": str(tmp_path / "compiled"),
+    }
+
+    def processor_s(*command):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(
-            [sys.executable, "-m", "everstep", *arguments], env=env, check=True, capture_output=True
-        )
+        subprocess.run([sys.executable, *command], env=env, check=True, capture_output=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        if best < 0.3:
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    processor_s("-c", OF_PYTHON)
+    processor_s("-m", "everstep", *arguments)
+    ours = of_python = float("inf")
+    for _ in range(20):
+        of_python = min(of_python, processor_s("-c", OF_PYTHON))
+        ours = min(ours, processor_s("-m", "everstep", *arguments))
+        if ours < 3 * of_python:
             break
-    assert best < 0.3
+    assert ours < 3 * of_python
 
 
 # -- export: safetensors -----------------------------------------------------------------------------------
