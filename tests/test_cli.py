@@ -542,13 +542,14 @@ def test_all_that_reads_works_where_neither_torch_nor_numpy_is(repo, tmp_path):
     }  # fmt: skip
 
 
-OF_PYTHON = "import asyncio, http.client, logging, multiprocessing, pydoc, tarfile, unittest, xml.dom.minidom"
-"""Some of Python's own modules: 0.1 s of processor time where a command starts within 0.3 s."""
+PYTHON = "import asyncio, http.client, logging, multiprocessing, pydoc, tarfile, unittest, xml.dom.minidom"
+PYTHON_S = 0.1
+"""What Python takes for some of its own modules where a command has 0.3 s; a slower machine has more."""
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("arguments", [["--help"], ["log"]], ids=" ".join)
-def test_a_command_starts_within_three_times_what_python_takes(repo, tmp_path, arguments):
+def test_a_command_starts_within_300_ms_of_processor_time(repo, tmp_path, arguments):
     """The best of several, in turn: a busy or slow machine makes each start slower, and both alike. What the
     first compiles is no part of it, and whoever runs this may have forbidden Python to keep it."""
     env = {
@@ -565,15 +566,16 @@ def test_a_command_starts_within_three_times_what_python_takes(repo, tmp_path, a
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    processor_s("-c", OF_PYTHON)
+    processor_s("-c", PYTHON)
     processor_s("-m", "everstep", *arguments)
-    ours = of_python = float("inf")
+    ours = python = float("inf")
     for _ in range(20):
-        of_python = min(of_python, processor_s("-c", OF_PYTHON))
+        python = min(python, processor_s("-c", PYTHON))
         ours = min(ours, processor_s("-m", "everstep", *arguments))
-        if ours < 3 * of_python:
+        limit = 0.3 * max(python / PYTHON_S, 1)
+        if ours < limit:
             break
-    assert ours < 3 * of_python
+    assert ours < limit
 
 
 # -- export: safetensors -----------------------------------------------------------------------------------

@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_trainings_whose_processes_are_killed_end_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """In a process of its own, because it forks trainings: pytest's has threads by now."""
     figures = tmp_path / "kill.json"
-    command = [sys.executable, "-m", "bench.kill", "--kills", "24", "--seed", "5", "--json", str(figures)]
+    command = [sys.executable, "-m", "bench.kill", "--kills", "36", "--seed", "5", "--json", str(figures)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     outcome = json.loads(figures.read_text())
     assert outcome["violations"] == []
-    assert outcome["kinds"] == {"trainer": 8, "keeper": 8, "both": 8}
+    assert outcome["kinds"] == {"trainer": 12, "keeper": 12, "both": 12}
     assert {kind: sum(places.values()) for kind, places in outcome["kills_in"].items()} == outcome["kinds"]
     assert outcome["identical"] == outcome["runs"] >= 6
     assert outcome["events"].get("resumed", 0) > 0

@@ -621,7 +621,7 @@ def test_a_dead_trainer_s_last_snapshot_is_tried_once_more_when_the_next_trainer
 
 @pytest.mark.slow
 def test_a_keeper_that_dies_at_any_file_operation_loses_nothing_and_does_nothing_twice(path: Path) -> None:
-    """Two snapshots, the first pruned again; the keeper dies at every operation that this takes."""
+    """Three snapshots, two of them pruned again; the keeper dies at every operation that this takes."""
     with subprocess.Popen(
         [sys.executable, str(HERE / "odd_keeper.py")],
         stdin=subprocess.PIPE,
@@ -640,16 +640,17 @@ def test_a_keeper_that_dies_at_any_file_operation_loses_nothing_and_does_nothing
             keeper = told.keeper(path)
             keeper.held()
             lease = begun(keeper, Chain(path), keep="last 1")
-            for step in (1, 2):
+            for step in (1, 2, 3):
                 hand_over(keeper, step)
             assert keeper.wait(DEADLINE_S)
             keeper.close()
             lease.release()
-            assert [(one.job.facts.step, one.error) for one in told.outcomes] == [(1, None), (2, None)]
-            assert_stored(path, [2])
+            outcomes = [(one.job.facts.step, one.error) for one in told.outcomes]
+            assert outcomes == [(1, None), (2, None), (3, None)]
+            assert_stored(path, [3])
             parents = [one.snapshot.record.parents for one in told.outcomes if one.snapshot]
             ids = [one.snapshot.id for one in told.outcomes if one.snapshot]
-            assert parents == [(), (ids[0],)]
+            assert parents == [(), (ids[0],), (ids[1],)]
             assert not verify(Chain(path)).findings
             assert keeper.deaths == (int(odd_keepers.stdout.readline()) == -signal.SIGKILL)
             if not keeper.deaths:
@@ -657,7 +658,7 @@ def test_a_keeper_that_dies_at_any_file_operation_loses_nothing_and_does_nothing
             shutil.rmtree(path)
             Chain.create(path, GRID_BYTES)
             at += 1
-    assert at > 20
+    assert at > 30
 
 
 @pytest.mark.slow

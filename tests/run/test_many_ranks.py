@@ -187,8 +187,8 @@ class TestProcesses:
         assert job.start(3) == [last.step] * 3
         assert job.all("digest") == three
         job.end()
-        # With one, with more.
-        for ranks in (1, 4):
+        # With fewer, with one, with more.
+        for ranks in (2, 1, 4):
             assert job.start(ranks) == [last.step] * ranks
             assert {one[1] for one in job.all("digest")} == {three[0][1]}
             job.end()

@@ -86,6 +86,7 @@ class Signals:
         if not any(f"killed by signal: {signal.strsignal(one)}" in death for one in STOP):
             return False
         until = time.monotonic() + GROUP_S
+        # In short pieces: a signal's handler runs during a sleep, and does not end it.
         while self.received is None and time.monotonic() < until:
             time.sleep(0.005)
         return self.received is not None

@@ -301,7 +301,7 @@ class StoreContract:
         put_all(store, IN_ORDER)
         for prefix in ("", "a", "b/"):
             there = listed(store, prefix)
-            for limit in (0, 1, 2, 5, len(IN_ORDER), 1000):
+            for limit in (0, 1, 2, 5, 22, 1000):
                 assert listed(store, prefix, limit) == there[:limit], (prefix, limit)
 
     def test_the_newest_of_numbers_that_count_down_is_first(self, store: Store) -> None:
